@@ -1,0 +1,130 @@
+"""What pool asks of a framework: load a model, run it on slots. Runs in the zygote's forks only.
+
+A backend is a module of this package with the functions of `Backend`. The zygote calls `preload` once
+and nothing else; every other call happens in a fork of it (loader or worker), in this order:
+`prepare` -> (loader: `resolve` ->) `load` -> `Model.bind` -> the bound call, again and again.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
+
+import msgspec
+import numpy.typing as npt
+
+from pool.errors import ConfigError
+from pool.signature import Signature
+
+Array = npt.NDArray[Any]
+
+# Runs the model once on the arrays it was bound to and gives the outputs in the signature's order.
+# The arrays returned may alias the framework's memory: they are valid until the next call.
+BoundCall = Callable[[], list[Array]]
+
+
+class Placement(msgspec.Struct, frozen=True):
+    """Where a worker runs.
+
+    Attributes:
+        cores: CPU cores the process is pinned to; empty for no pinning.
+        threads: Threads for one operation (intra-op).
+        gpu: Index of the one GPU the process may see, or None for none.
+        gpu_memory_mb: Hard limit on that GPU's memory in MiB, or None for growth on demand.
+    """
+
+    cores: tuple[int, ...] = ()
+    threads: int = 1
+    gpu: int | None = None
+    gpu_memory_mb: int | None = None
+
+
+class Weight(msgspec.Struct, frozen=True):
+    """One tensor of the weights memfd: its place there and how to read it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset_bytes: int
+
+
+class Model(Protocol):
+    """A loaded model in a loader or worker process."""
+
+    @property
+    def signatures(self) -> tuple[Signature, ...]:
+        """All servable signatures; `batched` as far as static shapes tell."""
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Signatures that cannot be served, each with the reason (`has an input 'x' of dtype qint8 ...`)."""
+
+    def texts(self, signature: str) -> tuple[bytes, ...]:
+        """Strings the signature is likely to parse, as far as the model's graph tells; often none."""
+
+    def weights(self) -> list[tuple[str, Array]]:
+        """Name and value of every variable, in an order that is the same for every load.
+
+        Raises:
+            ModelLoadError: the model holds state that variables alone do not carry (the sentence
+                says which), so its weights cannot be shared.
+        """
+
+    def bind(self, signature: str, inputs: Sequence[Array]) -> BoundCall:
+        """Prepare a call of `signature` on exactly these arrays.
+
+        Numeric arrays are aliased, not copied: the call reads what they hold when it runs. They are
+        C-contiguous, 64-byte aligned and outlive the call. String inputs (object arrays of `bytes`)
+        are copied at bind time.
+
+        Raises (the bound call): ModelError with the model's own message.
+        """
+
+
+class Backend(Protocol):
+    """The functions a backend module offers."""
+
+    def preload(self) -> None:
+        """Import the framework. Must not run an operation, list devices or start threads."""
+
+    def prepare(self, placement: Placement) -> None:
+        """After the fork, before the framework initialises: devices, threads, memory limits.
+
+        Raises:
+            ModelLoadError: the device asked for is not there.
+        """
+
+    def resolve(self, path: str) -> tuple[int, str]:
+        """The version and the concrete model that a configured path means. May run the framework.
+
+        Raises:
+            ModelLoadError: there is no model at `path`; the sentence names what is there instead.
+        """
+
+    def load(self, path: str, weights: Sequence[Array] | None) -> Model:
+        """Load the model at `path`, as `resolve` gave it.
+
+        Args:
+            path: A directory or file of the backend's format.
+            weights: None to read the values from disk; otherwise one 64-byte aligned, writable,
+                privately mapped array per entry of `Model.weights`, in that order, which the model
+                then aliases instead of holding a copy.
+
+        Raises:
+            ModelLoadError: it cannot be loaded; the sentence says why.
+        """
+
+
+def find_backend(name: str) -> Backend:
+    """The backend module `pool.backends.NAME`.
+
+    Raises:
+        ConfigError: there is none of that name, or what it needs is not installed.
+    """
+    if name not in BACKENDS:
+        raise ConfigError(f"backend {name!r} is not known; wanted one of {', '.join(BACKENDS)}")
+    return cast(Backend, importlib.import_module(f"pool.backends.{name}"))
+
+
+BACKENDS: tuple[str, ...] = ("tensorflow",)

@@ -1,0 +1,160 @@
+"""The shortest way from numpy arrays through a TensorFlow function and back. Runs in loaders and workers.
+
+Calling a signature with keywords goes through canonicalisation, a structured call, tape and op-callback
+checks and a trace annotation before it reaches the runtime. None of that changes from call to call, so
+`bind` does it once: what is left is one call into the runtime with a prepared list. For a 784-256-10 MLP,
+one row: 78 µs by keyword, 29 µs bound.
+
+The runtime's entry point is not public API. Where a TensorFlow lacks it, calls go by keyword.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from pool.backends import Array, BoundCall
+from pool.errors import ModelError
+from pool.signature import Signature, TensorSpec, numpy_dtype
+
+Tensor = Any  # tf.Tensor; TensorFlow has no types to check against
+Function = Any  # a tf.types.experimental.ConcreteFunction
+
+
+def as_tensor(array: Array, dtype: str) -> Tensor:
+    """An eager tensor over the array's own memory; a copy for strings.
+
+    Args:
+        array: C-contiguous, writable, 64-byte aligned; any shape.
+        dtype: Its pool dtype.
+    """
+    if dtype == "string":
+        return tf.constant(array, tf.string)
+    # TensorFlow does not refuse misaligned memory: it aborts the process when an operation meets it.
+    assert not array.size or array.ctypes.data % 64 == 0, "inputs and weights must be 64-byte aligned"
+    if dtype == "bfloat16":
+        # DLPack as numpy speaks it has no bfloat16. Bitcast keeps the buffer and changes its name.
+        return tf.bitcast(tf.experimental.dlpack.from_dlpack(array.view(np.uint16).__dlpack__()), tf.bfloat16)
+    return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+
+
+def as_array(tensor: Tensor, dtype: str) -> Array:
+    """The tensor's value, without a copy where it lies in host memory; rank 0 becomes a rank-0 array."""
+    value = tensor._numpy()
+    if isinstance(value, np.ndarray):
+        return value
+    return np.array(value, dtype=numpy_dtype(dtype))
+
+
+def bind(
+    function: Function, signature: Signature, keywords: Sequence[str], inputs: Sequence[Array]
+) -> BoundCall:
+    """A call of `function` on exactly these arrays; see `pool.backends.Model.bind`.
+
+    Args:
+        function: Takes the inputs in the order of `keywords`, gives a dict of the signature's outputs.
+        signature: Names and dtypes.
+        keywords: The name each of the function's flat inputs goes by.
+        inputs: In the signature's order.
+    """
+    order = [spec.name for spec in signature.inputs]
+    tensors = {
+        spec.name: as_tensor(array, spec.dtype) for spec, array in zip(signature.inputs, inputs, strict=True)
+    }
+    assert sorted(order) == sorted(keywords)
+    try:
+        return _bind_direct(function, signature.outputs, [tensors[name] for name in keywords])
+    except AttributeError:
+        return _bind_by_keyword(function, signature.outputs, tensors)
+
+
+def _bind_direct(function: Function, outputs: tuple[TensorSpec, ...], tensors: list[Tensor]) -> BoundCall:
+    """Raises AttributeError where TensorFlow's insides are not what they were in 2.16 to 2.21."""
+    from tensorflow.python import pywrap_tfe
+    from tensorflow.python.eager import context
+
+    runtime = context.context()
+    runtime.ensure_initialized()
+    execute = pywrap_tfe.TFE_Py_Execute
+    handle, device = runtime._handle, runtime.device_name
+    inner = function._inference_function
+    name = inner.name.decode()
+    attributes = tuple(itertools.chain.from_iterable(runtime.function_call_options.as_attrs().items()))
+    arguments = [*tensors, *function.captured_inputs]
+    count = len(inner.function_type.flat_outputs)
+    # The runtime's order is that of the flattened dict: sorted by key.
+    position = {output: i for i, output in enumerate(sorted(function.structured_outputs))}
+    if len(position) != count:
+        raise AttributeError("outputs are not one tensor each")
+    picks = [position[spec.name] for spec in outputs]
+
+    def run() -> list[Array]:
+        try:
+            results = execute(handle, device, name, arguments, attributes, count)
+            return [results[pick]._numpy() for pick in picks]
+        except Exception as error:
+            raise _model_error(error) from None
+
+    def run_boxed() -> list[Array]:
+        try:
+            results = execute(handle, device, name, arguments, attributes, count)
+            return [as_array(results[pick], spec.dtype) for pick, spec in zip(picks, outputs, strict=True)]
+        except Exception as error:
+            raise _model_error(error) from None
+
+    # `_numpy` gives scalars for rank 0. Where the rank is known to be more, nobody needs to look.
+    always_arrays = all(spec.shape for spec in outputs)
+    run.keep = run_boxed.keep = function  # type: ignore[attr-defined]
+    return run if always_arrays else run_boxed
+
+
+def _bind_by_keyword(
+    function: Function, outputs: tuple[TensorSpec, ...], tensors: dict[str, Tensor]
+) -> BoundCall:
+    def run() -> list[Array]:
+        try:
+            results = function(**tensors)
+            return [as_array(results[spec.name], spec.dtype) for spec in outputs]
+        except Exception as error:
+            raise _model_error(error) from None
+
+    return run
+
+
+# -- errors ----------------------------------------------------------------------------------------
+
+# What TensorFlow adds around the message of the operation that failed.
+_NOISE = re.compile(
+    r"""\s*\[\[\{\{node\ .*?\}\}\]\]      # which node ...
+      | \s*\[Op:\S+.*?\]                  # ... inside which function
+      | \{\{function_node\ .*?\}\}\s*
+      | ^\s*\(\d+\)\s+[A-Z_]+:\s          # numbering of several root errors
+    """,
+    re.VERBOSE,
+)
+_PREAMBLE = ("Graph execution error:", "Detected at node", "<stack traces unavailable>", "  File ", "    ")
+
+
+def _model_error(error: Exception) -> ModelError:
+    return ModelError(describe(error))
+
+
+def describe(error: Exception) -> str:
+    """One line: the kind of error and the message the model's own operation gave."""
+    from tensorflow.python.eager import core
+
+    if isinstance(error, core._NotOkStatusException):
+        error = core._status_to_exception(error)
+    text = error.message if isinstance(error, tf.errors.OpError) else str(error)
+    kind = type(error).__name__
+    for line in text.splitlines():
+        cleaned = _NOISE.sub("", line).strip()
+        if not cleaned or line.startswith(_PREAMBLE) or cleaned.endswith("root error(s) found."):
+            continue
+        return f"{kind}: {cleaned}"
+    return kind

@@ -1,0 +1,58 @@
+"""Arguments that several commands take: the server to talk to, counts and durations."""
+
+from __future__ import annotations
+
+import argparse
+
+from pool.client.sync import Client
+from pool.endpoints import check_endpoint, default_endpoint
+from pool.errors import ConfigError
+
+# Seconds that a command waits for a server that may not be there, unless told otherwise.
+ANSWER_TIMEOUT_S = 10.0
+
+
+def add_endpoint(parser: argparse.ArgumentParser) -> None:
+    """Declare `--endpoint` and `--timeout`."""
+    parser.add_argument(
+        "--endpoint",
+        metavar="E",
+        type=_endpoint,
+        help="where the server is (default: " + default_endpoint().replace("%", "%%") + ")",
+    )
+    parser.add_argument(
+        "--timeout",
+        metavar="S",
+        type=seconds,
+        default=ANSWER_TIMEOUT_S,
+        help=f"seconds to wait for an answer (default: {ANSWER_TIMEOUT_S:g})",
+    )
+
+
+def connect(args: argparse.Namespace) -> Client:
+    """A client for the endpoint that was given, with that timeout."""
+    return Client(args.endpoint or default_endpoint(), timeout=args.timeout)
+
+
+def seconds(text: str) -> float:
+    """A duration argument: a number above 0."""
+    value = float(text)
+    if not 0 < value <= 86_400:
+        raise argparse.ArgumentTypeError(f"wanted seconds from above 0 to 86400, got {text}")
+    return value
+
+
+def count(text: str) -> int:
+    """A counting argument: an integer of 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"wanted an integer of 1 or more, got {text}")
+    return value
+
+
+def _endpoint(text: str) -> str:
+    try:
+        check_endpoint(text)
+    except ConfigError as e:
+        raise argparse.ArgumentTypeError(e.message) from None
+    return text

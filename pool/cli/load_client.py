@@ -1,0 +1,317 @@
+"""One client process of `pool bench`: sends requests over one connection and times every answer.
+
+    python -m pool.cli.load_client
+
+It reads a `Task` as a line of JSON, connects, has one request answered, prints `{"is_ready": true}`, and
+waits for another line. Then it runs, printing `{"done": n}` now and then, and ends with the line of a
+`Result` followed by its latencies: float64 seconds, one per answered request, in native order. A failure
+before that is the line `{"code": ..., "message": ...}`.
+
+The work per request is a client's own: the input is checked and encoded, the answer decoded, by the
+same core as `pool.Client`.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import select
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import zmq
+
+from pool.client.connection import Connection
+from pool.client.core import ClientCore, Reply, Request
+from pool.client.route import Frame
+from pool.errors import DeadlineExceeded, InvalidInput, PoolError, Unavailable
+from pool.sample import Recipe, sample_inputs
+from pool.signature import Signature
+
+Inputs = dict[str, npt.NDArray[Any]]
+
+VARIANTS = 16  # different inputs a client makes up, sent in turn
+FILE_VARIANTS = 256  # different inputs it cuts from a file at most
+BURST = 64  # sent, or taken, before looking at the other side
+TELL_S = 0.1  # between two lines about the progress
+
+
+class Task(msgspec.Struct, frozen=True, kw_only=True):
+    """What one client process is to do.
+
+    Attributes:
+        endpoint: Where the server is.
+        model: Whom to ask.
+        requests: How many to send.
+        rows: Rows of each.
+        window: Most requests without an answer at a time; None for no limit (only with a rate).
+        rate: Requests per second, sent at random instants (a Poisson process) whether or not earlier ones
+            were answered; None to send one for each answer.
+        input: A `.npz` or `.npy` file of inputs; None to make them up.
+        recipe: How to make them up.
+        seed: Other values and other instants for each client.
+        timeout_s: Longest time without any answer.
+    """
+
+    endpoint: str
+    model: str
+    requests: int
+    rows: int
+    window: int | None
+    rate: float | None
+    input: str | None
+    recipe: Recipe
+    seed: int
+    timeout_s: float
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """What one client process saw.
+
+    Attributes:
+        answered: Requests that succeeded, each with a latency.
+        errors: Those that did not, by code.
+        started_s: Instant of the first request, on the system-wide monotonic clock.
+        ended_s: Instant of the last answer.
+        cpu_s: CPU time of this process between the two.
+    """
+
+    answered: int
+    errors: dict[str, int]
+    started_s: float
+    ended_s: float
+    cpu_s: float
+
+
+def make_inputs(task: Task, signature: Signature) -> list[Inputs]:
+    """The inputs that requests take in turn.
+
+    Raises:
+        ValueError: the file's arrays have not enough rows.
+    """
+    if task.input is None:
+        return [
+            sample_inputs(signature, task.rows, task.seed * VARIANTS + i, task.recipe)
+            for i in range(VARIANTS)
+        ]
+    arrays = read_file(Path(task.input), signature)
+    if not signature.batched:
+        return [arrays]
+    rows = min((len(array) for array in arrays.values()), default=0)
+    count = min(rows // task.rows, FILE_VARIANTS)
+    if count == 0:
+        raise ValueError(f"{task.input} has {rows} rows; wanted at least {task.rows}")
+    return [
+        {
+            name: np.ascontiguousarray(array[i * task.rows : (i + 1) * task.rows])
+            for name, array in arrays.items()
+        }
+        for i in range(count)
+    ]
+
+
+def read_file(file: Path, signature: Signature) -> Inputs:
+    """The arrays of a `.npz` by name; that of a `.npy` under the name of the signature's first input."""
+    loaded = np.load(file, allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
+        return {signature.inputs[0].name: loaded}
+    with loaded:
+        return {name: loaded[name] for name in loaded.files}
+
+
+def instants(rate: float, count: int, seed: int) -> npt.NDArray[np.float64]:
+    """Seconds from the start at which to send each request: a Poisson process of that rate."""
+    return np.cumsum(np.random.default_rng(seed).exponential(1 / rate, count))
+
+
+class LoadClient:
+    """The connection, the requests under way, and the times taken.
+
+    Args:
+        task: What to do.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._core = ClientCore()
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        # The window, or the rate, is the only limit: a queue of ZeroMQ's own must not be another.
+        context.setsockopt(zmq.SNDHWM, 0)
+        context.setsockopt(zmq.RCVHWM, 0)
+        self._connection = Connection(context, task.endpoint)
+        self._descriptors = [
+            int(socket.get(zmq.FD)) for socket in (self._connection.socket, self._connection.monitor)
+        ]
+        self._inputs: list[Inputs] = []
+        self._latencies_s: list[float] = []
+        self._errors: dict[str, int] = {}
+        self._done = 0
+        self._next_tell_s = 0.0
+
+    # -- before ------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Connect, learn the signature, and have one request of each input answered.
+
+        Raises:
+            PoolError: there is no server, or it does not take the inputs.
+            OSError, ValueError: nor can the file be used.
+        """
+        task = self._task
+        deadline = time.monotonic() + task.timeout_s
+        while not self._connection.is_connected():
+            if time.monotonic() >= deadline:
+                raise Unavailable(f"no server at {task.endpoint}")
+            self._connection.socket.poll(100, zmq.POLLOUT)
+        reply = self._call(self._core.signature_request(task.model))
+        signature = self._core.learn(task.model, None, reply.take_document()).signature()
+        self._inputs = make_inputs(task, signature)
+        for inputs in self._inputs[:VARIANTS]:
+            self._call(self._request(inputs)).take_outputs()
+
+    def _call(self, request: Request) -> Reply:
+        self._connection.send(request[1])
+        if not self._connection.socket.poll(int(self._task.timeout_s * 1000)):
+            raise DeadlineExceeded(f"no answer from {self._task.endpoint} within {self._task.timeout_s:g} s")
+        return self._core.receive(self._connection.receive())
+
+    def _request(self, inputs: Inputs) -> tuple[int, list[Frame]]:
+        request = self._core.request(self._task.model, inputs)
+        assert request is not None, "the signature was learnt"
+        return request
+
+    # -- during ------------------------------------------------------------------------------------
+
+    def run(self) -> tuple[Result, npt.NDArray[np.float64]]:
+        """Send everything and take every answer; what has none after `timeout_s` of silence is an error.
+
+        Returns:
+            The result, and the latency of each success in seconds, shape [answered]: from the instant a
+            request was sent, or with a rate from the instant it was to be sent.
+        """
+        gc.collect()
+        gc.disable()  # nothing here makes cycles, and a collection would be measured as latency
+        cpu_s = time.process_time()
+        started_s = time.monotonic()
+        code = self._converse(started_s)
+        ended_s = time.monotonic()
+        if self._done < self._task.requests:
+            self._errors[code] = self._errors.get(code, 0) + self._task.requests - self._done
+        result = Result(
+            answered=len(self._latencies_s),
+            errors=self._errors,
+            started_s=started_s,
+            ended_s=ended_s,
+            cpu_s=time.process_time() - cpu_s,
+        )
+        return result, np.array(self._latencies_s, np.float64)
+
+    def _converse(self, started_s: float) -> str:
+        """Send what is due while the window has room, take what has come, wait for either.
+
+        Returns:
+            The code of the error that requests left over at the end had.
+        """
+        task = self._task
+        total = task.requests
+        window = task.window or total
+        due_s: list[float] | None = None
+        if task.rate is not None:
+            due_s = (started_s + instants(task.rate, total, task.seed)).tolist()
+        begun_s: list[float] = [] if due_s is None else due_s  # what latencies are counted from
+        inputs, variants = self._inputs, len(self._inputs)
+        request, send, clock = self._request, self._connection.send, time.monotonic
+        sent = base = 0
+        heard_s = started_s
+        while self._done < total:
+            now = clock()
+            stop = min(total, self._done + window, sent + BURST)
+            while sent < stop and (due_s is None or due_s[sent] <= now):
+                if due_s is None:
+                    begun_s.append(clock())
+                id_, frames = request(inputs[sent % variants])
+                send(frames)
+                base = base or id_
+                sent += 1
+            if self._take(begun_s, base):
+                heard_s = clock()
+                continue
+            # The socket's descriptor tells only news: here it was read empty after the last send.
+            until_s = heard_s + task.timeout_s if sent > self._done else math.inf
+            if due_s is not None and sent < min(total, self._done + window):
+                until_s = min(until_s, due_s[sent])
+            if not self._wait(until_s):
+                return Unavailable.code
+            if sent > self._done and clock() >= heard_s + task.timeout_s:
+                return DeadlineExceeded.code
+            if sent == self._done:
+                heard_s = clock()
+        return DeadlineExceeded.code
+
+    def _take(self, begun_s: list[float], base: int) -> int:
+        """Take answers that have come, `BURST` at most; the number taken."""
+        receive, decode, clock = self._connection.receive, self._core.receive, time.monotonic
+        latencies_s = self._latencies_s
+        count = 0
+        try:
+            while count < BURST:
+                reply = decode(receive())
+                count += 1
+                if reply.outputs is not None:
+                    latencies_s.append(clock() - begun_s[reply.id - base])
+                else:
+                    assert reply.error is not None
+                    code = reply.error.code
+                    self._errors[code] = self._errors.get(code, 0) + 1
+        except zmq.Again:
+            pass
+        self._done += count
+        if count and clock() >= self._next_tell_s:
+            self._next_tell_s = clock() + TELL_S
+            tell({"done": self._done})
+        return count
+
+    def _wait(self, until_s: float) -> bool:
+        """Wait for news or that instant; False if the connection broke."""
+        timeout_s = None if until_s == math.inf else max(0.0, until_s - time.monotonic())
+        news, _, _ = select.select(self._descriptors, [], [], timeout_s)
+        return not news or not self._connection.is_broken()
+
+
+def tell(line: dict[str, Any]) -> None:
+    """Print a line for the parent."""
+    sys.stdout.buffer.write(msgspec.json.encode(line) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def main() -> int:
+    """Do the task that comes on the standard input."""
+    try:
+        client = LoadClient(msgspec.json.decode(sys.stdin.buffer.readline(), type=Task))
+        try:
+            client.prepare()
+        except PoolError as e:
+            tell({"code": e.code, "message": e.message})
+            return 1
+        except (OSError, ValueError) as e:
+            tell({"code": InvalidInput.code, "message": str(e)})
+            return 1
+        tell({"is_ready": True})
+        if not sys.stdin.buffer.readline():
+            return 0  # the parent gave up
+        result, latencies_s = client.run()
+        tell(msgspec.to_builtins(result))
+        sys.stdout.buffer.write(latencies_s.tobytes())
+        sys.stdout.buffer.flush()
+    except (KeyboardInterrupt, BrokenPipeError):
+        return 130  # the parent tells
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""`pool status`: what a server is doing, as `Client.status()` tells it."""
+
+from __future__ import annotations
+
+import argparse
+from datetime import timedelta
+from typing import Any
+
+from pool.cli.arguments import add_endpoint, connect
+from pool.cli.output import console, print_json, size
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add_endpoint(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask once and show the answer.
+
+    Raises:
+        Unavailable: no server answers there.
+    """
+    with connect(args) as client:
+        status = client.status()
+    if args.json:
+        print_json(status)
+    else:
+        show(status)
+    return 0
+
+
+def show(status: dict[str, Any]) -> None:
+    """Print a status document as tables."""
+    from rich.table import Table
+
+    out = console()
+    front = status["front"]
+    out.print(
+        f"front {front['pid']}, up {timedelta(seconds=int(front['uptime_s']))}, "
+        f"{front['requests']} requests, {front['replies']} replies, pool {front['version']}"
+    )
+    for endpoint in front["endpoints"]:
+        out.print(f"  {endpoint}")
+    for code, count in sorted(front["errors"].items()):
+        out.print(f"  {count} x {code}")
+
+    models = Table(
+        "model", "version", "state", "waiting rows", "batches", "rows", "rows/batch", "weights", "arena"
+    )
+    for name, model in status["models"].items():
+        batches, rows = model["batches"], model["rows"]
+        shared = "shared" if model["weights_shared"] else "a copy each"
+        models.add_row(
+            name,
+            str(model["version"]),
+            model["state"],
+            str(model["queue_rows"]),
+            str(batches),
+            str(rows),
+            f"{rows / batches:.1f}" if batches else "",
+            f"{size(model['weights_bytes'])}, {shared}",
+            f"{size(model['arena_bytes'])}, {model['slots']} slots",
+        )
+    out.print(models)
+
+    processes = Table(
+        "process", "pid", "state", "device", "batches", "rows", "restarts", "CPU s", "private", "share of all"
+    )
+    processes.add_row(
+        "front", str(front["pid"]), "", "", "", "", "", f"{front['cpu_s']:.1f}", *_memory(front)
+    )
+    for zygote in status["zygotes"]:
+        name = f"zygote ({zygote['backend']})"
+        processes.add_row(name, str(zygote["pid"]), "", "", "", "", "", "", *_memory(zygote))
+    for name, model in status["models"].items():
+        for worker in model["workers"]:
+            processes.add_row(
+                f"{name} worker {worker['index']}",
+                str(worker["pid"] or ""),
+                worker["state"],
+                worker["device"],
+                str(worker["batches"]),
+                str(worker["rows"]),
+                str(worker["restarts"]),
+                f"{worker['cpu_s'] or 0:.1f}",
+                *_memory(worker),
+            )
+    out.print(processes)
+
+
+def _memory(process: dict[str, Any]) -> list[str]:
+    """USS and PSS; empty for a process that is gone."""
+    return ["" if process[key] is None else size(process[key]) for key in ("uss_bytes", "pss_bytes")]

@@ -1,0 +1,165 @@
+"""One ZeroMQ connection to one endpoint, and how it is heard to break. Client process.
+
+ZeroMQ reconnects in silence, and a request that was under way then has no reply, ever. So each
+connection watches its own socket's monitor; one that broke is closed and replaced, never used again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Sequence
+from typing import cast
+
+import zmq
+
+from pool.client.route import Frame
+from pool.endpoints import check_endpoint, default_endpoint
+from pool.errors import ConfigError, DeadlineExceeded, PoolError, Unavailable, WireError
+from pool.wire import Kind
+
+_monitor_numbers = itertools.count(1)
+
+_RESULT = bytes((Kind.RESULT,))
+
+# Plain numbers, because to join two members of a Python enum takes as long as to queue a frame.
+_NOBLOCK = int(zmq.NOBLOCK)
+_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
+
+# Seconds. The kernel notices that a server's machine is gone; a server that is merely slow is not cut off.
+_TCP_KEEPALIVE_IDLE_S, _TCP_KEEPALIVE_INTERVAL_S, _TCP_KEEPALIVE_COUNT = 10, 5, 3
+
+# A server that is starting is met soon after it listens, without burning CPU while it is not there.
+_RECONNECT_MS, _RECONNECT_MAX_MS = 20, 200
+
+
+def endpoints_of(endpoint: str | Sequence[str] | None) -> tuple[str, ...]:
+    """A client's `endpoint` argument as the endpoints to try.
+
+    Raises:
+        ConfigError: one is not well formed, or there is none.
+    """
+    if endpoint is None:
+        endpoint = default_endpoint()
+    endpoints = (endpoint,) if isinstance(endpoint, str) else tuple(endpoint)
+    if not endpoints:
+        raise ConfigError("endpoint is an empty list; wanted at least one endpoint")
+    for each in endpoints:
+        check_endpoint(each)
+    return endpoints
+
+
+def not_connected(endpoints: Sequence[str], connect_timeout: float, timeout: float) -> PoolError:
+    """The error of a call that met no server: whichever of its two limits was the shorter."""
+    nobody = f"no pool server answered at {', '.join(endpoints)} within {min(connect_timeout, timeout):g} s"
+    return DeadlineExceeded(nobody) if timeout < connect_timeout else Unavailable(nobody)
+
+
+class Connection:
+    """A DEALER socket and its monitor.
+
+    Attributes:
+        endpoint: Where it leads.
+        socket: The DEALER; carries messages of `docs/wire.md`.
+        monitor: Readable when something happened to the connection; ask `is_broken` then.
+
+    Raises:
+        Unavailable: no socket could be made (file descriptors used up).
+    """
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
+        self.endpoint = endpoint
+        try:
+            self.socket = context.socket(zmq.DEALER)
+        except zmq.ContextTerminated:
+            raise
+        except zmq.ZMQError as e:
+            raise Unavailable(f"no connection to {endpoint}: {e}") from e
+        try:
+            self._set_up(endpoint)
+            events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+            address = f"inproc://pool-monitor-{next(_monitor_numbers)}"
+            self.monitor = self.socket.get_monitor_socket(events, address)
+            self.monitor.linger = 0
+            self.socket.connect(endpoint)
+        except zmq.ZMQError as e:
+            self.socket.close()
+            if isinstance(e, zmq.ContextTerminated):
+                raise
+            raise Unavailable(f"no connection to {endpoint}: {e}") from e
+
+    def _set_up(self, endpoint: str) -> None:
+        socket = self.socket
+        socket.linger = 0  # whoever closes a connection has given up on what it carried
+        socket.immediate = 1  # send only to a server that is there
+        socket.reconnect_ivl = _RECONNECT_MS
+        socket.reconnect_ivl_max = _RECONNECT_MAX_MS
+        if endpoint.startswith("tcp://["):
+            socket.ipv6 = True
+        if endpoint.startswith("tcp://"):
+            socket.tcp_keepalive = 1
+            socket.tcp_keepalive_idle = _TCP_KEEPALIVE_IDLE_S
+            socket.tcp_keepalive_intvl = _TCP_KEEPALIVE_INTERVAL_S
+            socket.tcp_keepalive_cnt = _TCP_KEEPALIVE_COUNT
+
+    def is_connected(self) -> bool:
+        """Whether a server is there to send to."""
+        return bool(_events(self.socket) & zmq.POLLOUT)
+
+    def has_message(self) -> bool:
+        """Whether `receive` has something to give."""
+        return bool(_events(self.socket) & zmq.POLLIN)
+
+    def is_broken(self) -> bool:
+        """Whether an established connection has ended, as far as the monitor told. Reads all it told."""
+        broken = False
+        while _events(self.monitor) & zmq.POLLIN:
+            description, _address = self.monitor.recv_multipart(zmq.NOBLOCK)
+            # An attempt that fails in its handshake is reported as a disconnection too; the last word counts.
+            event = int.from_bytes(description[:2], sys.byteorder)
+            broken = event == zmq.EVENT_DISCONNECTED
+        return broken
+
+    def send(self, frames: Sequence[Frame]) -> None:
+        """Queue one message without blocking.
+
+        Raises:
+            zmq.Again: the queue is full or no server is connected; none of it was sent.
+        """
+        send = self.socket.send
+        for frame in frames[:-1]:
+            send(frame, _MORE)
+        send(frames[-1], _NOBLOCK)
+
+    def receive(self) -> list[Frame]:
+        """Take one message from the queue without blocking: the header as `bytes`, tensors as `zmq.Frame`.
+
+        Raises:
+            zmq.Again: there is none.
+            WireError: a RESULT without a tensor; the connection is of no more use.
+        """
+        # A header arrives as bytes, the cheap way, which cannot tell whether more follows. Its kind can:
+        # a RESULT has at least one tensor, and only a RESULT has any (`docs/wire.md` 3.6). Frames, which
+        # do know, cost 0.4 µs more each, and asking the socket 0.7 µs.
+        receive = self.socket.recv
+        header = receive(_NOBLOCK)
+        if header[3:4] != _RESULT:
+            return [header]
+        frames: list[Frame] = [header]
+        try:
+            while True:
+                frame = receive(_NOBLOCK, False)
+                frames.append(frame)
+                if not frame.more:
+                    return frames
+        except zmq.Again:
+            raise WireError("the server sent a RESULT without a tensor") from None
+
+    def close(self) -> None:
+        """Close both sockets; what was queued is dropped."""
+        self.socket.close()
+        self.monitor.close()
+
+
+def _events(socket: zmq.Socket[bytes]) -> int:
+    return cast(int, socket.get(zmq.EVENTS))

@@ -1,0 +1,415 @@
+"""The client without its sockets: calls to frames, frames to replies. Client process; pure.
+
+Both shells and `pool bench` drive it the same way:
+
+    while (request := core.request(model, inputs)) is None:     # the signature is not known yet
+        send core.signature_request(model); core.learn(model, None, reply.document)
+    id, frames = request                                        # one multipart message to send
+    reply = core.receive(received_frames)                       # reply.id tells whose it is
+
+What is alike between requests is worked out once: a `Route` per (model, version, signature, outputs)
+holds the checked signature and, per row shape, the finished msgpack part of the header; a `_Plan` per
+msgpack part of a reply holds the arrays to make. A request that repeats an earlier one's shape costs
+two look-ups, one `pack` and one copy. Every cache is bounded and safe to share between threads (each
+step is a single dict operation; a lost update is only worked out again).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import struct
+from collections.abc import Sequence
+from types import EllipsisType
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+
+from pool import wire
+from pool.client.conversion import Array, Cast, check_cast
+from pool.client.route import COPY_BYTES, Frame, Route
+from pool.errors import (
+    DeadlineExceeded,
+    InvalidInput,
+    ModelNotFound,
+    PoolError,
+    SignatureNotFound,
+    VersionNotFound,
+    WireError,
+)
+from pool.signature import DTYPES, Signature, choose_signature, numpy_dtype
+from pool.wire import Flag, Kind, ResultMeta, SignatureMeta
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+Request = tuple[int, list[Frame]]
+
+_CACHE_ENTRIES = 4_096  # per cache; a caller with more distinct shapes than this pays for re-encoding
+
+_PREDICT_HEAD = wire.head(Kind.PREDICT)
+_RESULT_HEAD = wire.head(Kind.RESULT)
+_ID = struct.Struct("<8xQ")
+_ROWS_OFFSET = 20  # from here a header is the same for every reply with this meta and row count
+_NO_LIMIT = 0xFFFF_FFFF  # of the wire's 32-bit milliseconds
+
+_pack = wire.HEAD.pack
+_unpack_id = _ID.unpack_from
+
+
+class ModelInfo(msgspec.Struct, frozen=True):
+    """What a server tells about one model (`docs/wire.md` 3.2).
+
+    Attributes:
+        model: Its name.
+        version: The version served; a number of the model's directory.
+        signatures: Every named signature.
+        max_rows: Most rows one request may have, or None for no limit of its own.
+    """
+
+    model: str
+    version: int
+    signatures: tuple[Signature, ...]
+    max_rows: int | None = None
+
+    def signature(self, name: str | None = None) -> Signature:
+        """The signature of that name; None for the default.
+
+        Raises:
+            SignatureNotFound: there is none.
+        """
+        return choose_signature(self.signatures, name)
+
+
+class Reply(msgspec.Struct):
+    """One decoded reply; exactly one of the last three is set.
+
+    Attributes:
+        id: Of the request it answers.
+        outputs: RESULT: name to array. The arrays are the caller's own and writable.
+        document: INFO: the document.
+        error: ERROR, or what is wrong with a reply that cannot be decoded.
+    """
+
+    id: int
+    outputs: dict[str, Array] | None = None
+    document: dict[str, Any] | None = None
+    error: PoolError | None = None
+
+    def take_outputs(self) -> dict[str, Array]:
+        """The arrays of a prediction.
+
+        Raises:
+            PoolError: the reply's error; WireError if it is no answer to a prediction.
+        """
+        if self.outputs is None:
+            raise self.error or WireError("the server answered PREDICT with INFO; wanted RESULT")
+        return self.outputs
+
+    def take_document(self) -> dict[str, Any]:
+        """The document asked for.
+
+        Raises:
+            PoolError: the reply's error; WireError if it is no answer to a question.
+        """
+        if self.document is None:
+            raise self.error or WireError("the server answered a question with RESULT; wanted INFO")
+        return self.document
+
+
+# One output array of a plan: name, numpy dtype (None for string), whole shape, payload bytes.
+_Output = tuple[str, "np.dtype[Any] | None", tuple[int, ...], int]
+_Plan = tuple[_Output, ...]
+
+
+class ClientCore:
+    """Encodes requests, decodes replies, remembers signatures.
+
+    Args:
+        cast: Which casts of input arrays are made unasked; see `conversion.to_array`.
+
+    Raises:
+        InvalidInput: `cast` is not known.
+    """
+
+    def __init__(self, *, cast: str = "safe") -> None:
+        self._cast: Cast = check_cast(cast)
+        self._ids = itertools.count(1)
+        self._infos: dict[tuple[str, int | None], ModelInfo] = {}
+        self._routes: dict[tuple[str, int | None, str | None, tuple[str, ...] | None], Route] = {}
+        self._plans: dict[bytes, _Plan] = {}
+
+    # -- requests ----------------------------------------------------------------------------------
+
+    def request(
+        self,
+        model: str,
+        inputs: Any,
+        *,
+        version: int | None = None,
+        signature: str | None = None,
+        outputs: Sequence[str] | None = None,
+        timeout_ms: int = 0,
+        cast: str | None = None,
+    ) -> Request | None:
+        """Check a prediction and encode it.
+
+        Args:
+            model: Name of the model.
+            inputs: Name -> array of shape [rows, ...], or the bare array if the model has one input.
+            version: None for the one the server prefers.
+            signature: None for the default one.
+            outputs: Names of the outputs wanted, in the order wanted; None for all.
+            timeout_ms: What remains of the caller's patience, for the server; 0 for no limit.
+            cast: Overrides the core's own for this request.
+
+        Returns:
+            The request's id and the frames of its message; None if the signature has to be learnt
+            first. Frames over `COPY_BYTES` alias the caller's arrays.
+
+        Raises:
+            InvalidInput: a name, dtype, rank, shape or row count is wrong; TooLarge if too many rows.
+            SignatureNotFound: the model has no such signature.
+            After either, the model's signature is forgotten, in case it was replaced on the server.
+        """
+        if outputs is not None and type(outputs) is not tuple:
+            if isinstance(outputs, str):
+                raise InvalidInput(f"outputs is the str {outputs!r}; wanted a list of names")
+            outputs = tuple(outputs)
+        route = self._routes.get((model, version, signature, outputs))
+        if route is None:
+            route = self._make_route(model, version, signature, outputs)
+            if route is None:
+                return None
+        array = inputs
+        if type(array) is dict and len(array) == 1:
+            array = array.get(route.sole_name)
+        if type(array) is np.ndarray and array.dtype is route.sole_dtype:
+            shape = array.shape
+            meta = route.metas.get(shape[1:])
+            if meta is not None and shape and shape[0] <= route.max_rows and array.nbytes <= COPY_BYTES:
+                id_ = next(self._ids)
+                return id_, [_pack(_PREDICT_HEAD, id_, timeout_ms, shape[0]) + meta, array.tobytes()]
+        allowed = self._cast if cast is None else check_cast(cast)
+        try:
+            rows, meta, frames = route.encode(inputs, allowed)
+        except InvalidInput:
+            self.forget(model)
+            raise
+        id_ = next(self._ids)
+        return id_, [_pack(_PREDICT_HEAD, id_, timeout_ms, rows) + meta, *frames]
+
+    def signature_request(self, model: str, version: int | None = None) -> Request:
+        """Ask what a model takes and gives; its INFO reply is for `learn`.
+
+        Raises:
+            InvalidInput: `model` is not a string or `version` not a number from 0.
+        """
+        return self._plain_request(Kind.SIGNATURE, _model_meta(model, version))
+
+    def models_request(self) -> Request:
+        """Ask which models are served."""
+        return self._plain_request(Kind.MODELS)
+
+    def status_request(self) -> Request:
+        """Ask for the server's status document."""
+        return self._plain_request(Kind.STATUS)
+
+    def live_request(self) -> Request:
+        """Ask whether the server answers."""
+        return self._plain_request(Kind.LIVE)
+
+    def ready_request(self, model: str | None = None) -> Request:
+        """Ask whether a model, or with None every model, can answer predictions."""
+        return self._plain_request(Kind.READY, _model_meta(model or "", None))
+
+    def _plain_request(self, kind: Kind, meta: bytes = b"") -> Request:
+        id_ = next(self._ids)
+        return id_, [_pack(wire.head(kind), id_, 0, 0) + meta]
+
+    # -- signatures --------------------------------------------------------------------------------
+
+    def learn(self, model: str, version: int | None, document: dict[str, Any]) -> ModelInfo:
+        """Remember the answer to a `signature_request` and give it in readable form.
+
+        Args:
+            model: As asked for.
+            version: As asked for.
+            document: Of the reply.
+
+        Raises:
+            WireError: the document is not one of section 3.2.
+        """
+        try:
+            info = msgspec.convert(document, ModelInfo)
+        except msgspec.ValidationError as e:
+            raise WireError(f"the signatures of model {model!r} are not valid: {e}") from None
+        for signature in info.signatures:
+            for spec in (*signature.inputs, *signature.outputs):
+                if spec.dtype not in DTYPES:
+                    raise WireError(f"model {model!r}: tensor {spec.name!r} has unknown dtype {spec.dtype!r}")
+        self.forget(model, version)
+        _remember(self._infos, (model, version), info)
+        return info
+
+    def forget(self, model: str, version: int | EllipsisType | None = ...) -> None:
+        """Drop what is known about a model, in that version as asked for, or in all."""
+        for asked in [key for key in list(self._infos) if key[0] == model and version in (..., key[1])]:
+            self._infos.pop(asked, None)
+        for key in [key for key in list(self._routes) if key[0] == model and version in (..., key[1])]:
+            self._routes.pop(key, None)
+
+    def note_refusal(self, model: str, error: PoolError) -> None:
+        """Take in the error a prediction was answered with: some say that the signature known is old."""
+        if isinstance(error, (InvalidInput, ModelNotFound, VersionNotFound, SignatureNotFound)):
+            self.forget(model)
+
+    def _make_route(
+        self, model: str, version: int | None, signature: str | None, outputs: tuple[str, ...] | None
+    ) -> Route | None:
+        info = self._infos.get((model, version))
+        if info is None:
+            return None
+        try:
+            route = Route(model, version, info.signature(signature), outputs, info.max_rows)
+        except (InvalidInput, SignatureNotFound):
+            self.forget(model)
+            raise
+        _remember(self._routes, (model, version, signature, outputs), route)
+        return route
+
+    # -- replies -----------------------------------------------------------------------------------
+
+    def receive(self, frames: Sequence[Frame]) -> Reply:
+        """Decode one message from the server.
+
+        Args:
+            frames: The header as `bytes`, then the tensors. Payloads over `COPY_BYTES` that are
+                writable are aliased, not copied.
+
+        Returns:
+            The reply. What is wrong with its body is its `error`, a `WireError`.
+
+        Raises:
+            WireError: the header itself cannot be read, so nobody can be told; `ProtocolVersionError`
+                if it is of another protocol version. The connection is of no more use.
+        """
+        header: bytes = frames[0]
+        if header[:8] == _RESULT_HEAD:
+            plan = self._plans.get(header[_ROWS_OFFSET:])
+            if plan is not None:
+                try:
+                    return Reply(_unpack_id(header)[0], _decode_outputs(plan, frames))
+                except WireError as e:
+                    return Reply(_unpack_id(header)[0], error=e)
+        decoded = wire.decode_header(header)
+        if decoded.kind < Kind.RESULT:
+            raise WireError(f"the server sent a {decoded.kind.name}, which is a request; wanted a reply")
+        try:
+            if decoded.kind is Kind.RESULT:
+                plan = _make_plan(decoded)
+                if decoded.flags == 0:
+                    _remember(self._plans, header[_ROWS_OFFSET:], plan)
+                return Reply(decoded.id, _decode_outputs(plan, frames))
+            if len(frames) != 1:
+                raise WireError(f"{decoded.kind.name} has {len(frames) - 1} tensor frames; wanted none")
+            if decoded.kind is Kind.INFO:
+                return Reply(decoded.id, document=wire.decode_info(decoded.meta))
+            return Reply(decoded.id, error=wire.decode_error(decoded))
+        except WireError as e:
+            return Reply(decoded.id, error=e)
+
+
+def check_timeout(timeout: float) -> float:
+    """The timeout, if any of it is left.
+
+    Raises:
+        DeadlineExceeded: it is not above 0 seconds, as when what remains of a longer one is passed on.
+    """
+    if not timeout > 0:
+        raise DeadlineExceeded(f"timeout is {timeout:g} s; wanted more than 0 s")
+    return timeout
+
+
+def timeout_to_ms(timeout: float) -> int:
+    """Seconds as the wire carries them: whole milliseconds, at least 1; 0 for infinity."""
+    return 0 if timeout == math.inf else max(1, min(int(timeout * 1000), _NO_LIMIT))
+
+
+def read_flag(document: dict[str, Any], flag: str) -> bool:
+    """One yes or no of a LIVE or READY reply (sections 3.4, 3.5).
+
+    Raises:
+        WireError: it is not there.
+    """
+    value = document.get(flag)
+    if not isinstance(value, bool):
+        raise WireError(f"the server's {flag!r} is {value!r}; wanted true or false")
+    return value
+
+
+def read_models(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The models of a MODELS reply (section 3.3).
+
+    Raises:
+        WireError: they are not there.
+    """
+    models = document.get("models")
+    if not isinstance(models, dict):
+        raise WireError(f"the server's 'models' is {models!r}; wanted a map")
+    return models
+
+
+def _remember(cache: dict[Key, Value], key: Key, value: Value) -> None:
+    if len(cache) >= _CACHE_ENTRIES:
+        cache.clear()
+    cache[key] = value
+
+
+def _model_meta(model: str, version: int | None) -> bytes:
+    if not isinstance(model, str):
+        raise InvalidInput(f"model is {model!r}; wanted its name, a str")
+    if version is not None and (not isinstance(version, int) or not 0 <= version < 1 << 63):
+        raise InvalidInput(f"version is {version!r}; wanted a number from 0, or None")
+    return wire.encode_meta(SignatureMeta(model, version))
+
+
+# -- replies: plans and arrays ---------------------------------------------------------------------
+
+
+def _make_plan(header: wire.Header) -> _Plan:
+    tensors = wire.decode_meta(ResultMeta, header.meta).outputs
+    whole = bool(header.flags & Flag.WHOLE)
+    plan: list[_Output] = []
+    for tensor in tensors:
+        shape = tensor.shape if whole else (header.rows, *tensor.shape)
+        if tensor.dtype == "string":
+            plan.append((tensor.name, None, shape, 0))
+        else:
+            size = wire.tensor_bytes(tensor.dtype, shape)
+            plan.append((tensor.name, numpy_dtype(tensor.dtype), shape, size))
+    return tuple(plan)
+
+
+def _decode_outputs(plan: _Plan, frames: Sequence[Frame]) -> dict[str, Array]:
+    if len(frames) != len(plan) + 1:
+        raise WireError(f"RESULT has {len(frames) - 1} tensor frames; wanted {len(plan)}")
+    outputs: dict[str, Array] = {}
+    for position, (name, dtype, shape, size) in enumerate(plan, 1):
+        payload = frames[position]
+        if dtype is None:
+            outputs[name] = wire.decode_tensor(payload, "string", shape)
+            continue
+        got = len(payload)
+        if got != size:
+            raise WireError(f"output {name!r}, {dtype} {list(shape)}, has {got} bytes; wanted {size}")
+        # A bytearray is the array's own, writable and aligned. A small message as received is none of
+        # these: it lies anywhere in a receive buffer, which the array would keep alive.
+        if size <= COPY_BYTES or type(payload) is bytes:
+            payload = bytearray(payload)
+        try:
+            outputs[name] = np.ndarray(shape, dtype, payload)
+        except ValueError as e:  # empty, but with other axes so long that numpy has no such shape
+            raise WireError(f"output {name!r}, {dtype} {list(shape)}: {e}") from None
+    return outputs

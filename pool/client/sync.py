@@ -1,0 +1,321 @@
+"""`Client`: the blocking shell over the core, for scripts and threads. Client process.
+
+A call takes an idle connection (the one used last, so that few stay in use), or opens one; sends;
+waits; and puts it back. Nothing runs between calls: no background thread of Python, no shared queue.
+A connection on which anything went wrong midway may still deliver a late reply, so it is closed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import zmq
+
+from pool.client.connection import Connection, endpoints_of, not_connected
+from pool.client.conversion import Array
+from pool.client.core import (
+    ClientCore,
+    ModelInfo,
+    Reply,
+    Request,
+    check_timeout,
+    read_flag,
+    read_models,
+    timeout_to_ms,
+)
+from pool.errors import Cancelled, DeadlineExceeded, Unavailable
+
+# Idle connections kept. Each has 4 file descriptors; a burst of more threads than this opens and closes some.
+_MAX_IDLE = 64
+
+# Threads that may call at the same time: a connection is 3 ZeroMQ sockets, of which a context has 1,023
+# unless told otherwise.
+_MAX_SOCKETS = 16_384
+
+
+class Client:
+    """A blocking client of a pool server. Any number of threads may share one.
+
+    Args:
+        endpoint: `ipc:///path` or `tcp://host:port` of the server; a list of those is tried all at
+            once and the first in it that answers is used; None for `default_endpoint()`.
+        timeout: Longest a call may take, in seconds, unless it says otherwise; `math.inf` for ever.
+        connect_timeout: Longest to wait for a server to be there, in seconds.
+        cast: `"safe"` makes lossless casts of inputs only (int32 to int64, float32 to float64);
+            `"same_kind"` also float64 to float32 and the like.
+
+    Raises:
+        ConfigError: an endpoint is not well formed.
+        InvalidInput: `cast` is neither.
+
+    Nothing is connected until the first call. A client made before a fork works on both sides of it.
+    Use it as a context manager, or call `close`.
+    """
+
+    def __init__(
+        self,
+        endpoint: str | Sequence[str] | None = None,
+        *,
+        timeout: float = 60.0,
+        connect_timeout: float = 5.0,
+        cast: str = "safe",
+    ) -> None:
+        self._endpoints = endpoints_of(endpoint)
+        self._timeout = check_timeout(timeout)
+        self._connect_timeout = check_timeout(connect_timeout)
+        self._core = ClientCore(cast=cast)
+        self._lock = threading.Lock()  # over all below
+        self._idle: list[Connection] = []
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._pid = 0  # whose context it is
+        self._inherited: object = None
+        self._closed = False
+
+    # -- calls -------------------------------------------------------------------------------------
+
+    def predict(
+        self,
+        model: str,
+        inputs: Any,
+        *,
+        version: int | None = None,
+        signature: str | None = None,
+        outputs: Sequence[str] | None = None,
+        timeout: float | None = None,
+        cast: str | None = None,
+    ) -> dict[str, Array]:
+        """Run a model on a batch of rows.
+
+        Args:
+            model: Name of the model.
+            inputs: Name -> array of shape [rows, ...]; a bare array if the model has one input. A
+                single example needs its row axis (`x[None]`). Strings are `bytes` or `str`.
+            version: None for the version the server prefers.
+            signature: None for `serving_default`, or the only one.
+            outputs: Names of those wanted; None for all.
+            timeout: Seconds for this call; None for the client's own.
+            cast: For this call; None for the client's own.
+
+        Returns:
+            Name -> array of shape [rows, ...], writable and the caller's own. Strings are object
+            arrays of `bytes`.
+
+        Raises:
+            InvalidInput: an input has a wrong name, dtype, rank or shape (nothing was sent);
+                TooLarge if it has too many rows.
+            ModelNotFound, VersionNotFound, SignatureNotFound: there is no such thing to call.
+            ModelError: the model raised. WorkerLost: its process died.
+            Overloaded: no room; try again after `retry_after_ms`.
+            DeadlineExceeded: the timeout passed first.
+            Unavailable: no server at the endpoint, or it went away.
+            Cancelled: the client was closed.
+            WireError: what answered is not a pool server of this protocol.
+            InternalError: a defect in the server.
+        """
+        timeout = self._timeout if timeout is None else check_timeout(timeout)
+        deadline = time.monotonic() + timeout
+        timeout_ms = timeout_to_ms(timeout)
+        while True:
+            request = self._core.request(
+                model,
+                inputs,
+                version=version,
+                signature=signature,
+                outputs=outputs,
+                timeout_ms=timeout_ms,
+                cast=cast,
+            )
+            if request is not None:
+                break
+            self._learn(model, version, timeout, deadline)
+            timeout_ms = timeout_to_ms(deadline - time.monotonic())
+        reply = self._exchange(request, timeout, deadline)
+        if reply.error is not None:
+            self._core.note_refusal(model, reply.error)
+        return reply.take_outputs()
+
+    def signature(self, model: str, version: int | None = None, *, timeout: float | None = None) -> ModelInfo:
+        """What a model takes and gives, asked of the server anew.
+
+        Raises:
+            ModelNotFound, VersionNotFound: there is no such model.
+            DeadlineExceeded, Unavailable, Cancelled, WireError, InternalError: as for `predict`.
+        """
+        timeout = self._timeout if timeout is None else check_timeout(timeout)
+        return self._learn(model, version, timeout, time.monotonic() + timeout)
+
+    def models(self, *, timeout: float | None = None) -> dict[str, dict[str, Any]]:
+        """The models served: name -> `version`, `ready`, `signatures` (names).
+
+        Raises:
+            DeadlineExceeded, Unavailable, Cancelled, WireError, InternalError: as for `predict`.
+        """
+        return read_models(self._ask(self._core.models_request(), timeout))
+
+    def status(self, *, timeout: float | None = None) -> dict[str, Any]:
+        """The server's status document: what `pool status --json` prints.
+
+        Raises:
+            DeadlineExceeded, Unavailable, Cancelled, WireError, InternalError: as for `predict`.
+        """
+        return self._ask(self._core.status_request(), timeout)
+
+    def live(self, *, timeout: float | None = None) -> bool:
+        """Whether a server answers; False if none does within the timeout.
+
+        The timeout is `connect_timeout` unless given.
+
+        Raises:
+            Cancelled, WireError, InternalError: as for `predict`.
+        """
+        return self._ask_flag(self._core.live_request(), "live", timeout)
+
+    def ready(self, model: str | None = None, *, timeout: float | None = None) -> bool:
+        """Whether the model, or with None every model, can answer now; False if no server answers.
+
+        The timeout is `connect_timeout` unless given.
+
+        Raises:
+            ModelNotFound: the server has no such model.
+            Cancelled, WireError, InternalError: as for `predict`.
+        """
+        return self._ask_flag(self._core.ready_request(model), "ready", timeout)
+
+    def close(self) -> None:
+        """Close every connection; calls under way in other threads raise `Cancelled`."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+            context, self._context = self._context, None
+        if context is None or self._pid != os.getpid():
+            return
+        for connection in idle:
+            connection.close()
+        # Interrupts the connections in use, and returns when their threads have closed them.
+        context.term()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- one request, one reply --------------------------------------------------------------------
+
+    def _learn(self, model: str, version: int | None, timeout: float, deadline: float) -> ModelInfo:
+        request = self._core.signature_request(model, version)
+        reply = self._exchange(request, timeout, deadline)
+        return self._core.learn(model, version, reply.take_document())
+
+    def _ask(self, request: Request, timeout: float | None) -> dict[str, Any]:
+        timeout = self._timeout if timeout is None else check_timeout(timeout)
+        return self._exchange(request, timeout, time.monotonic() + timeout).take_document()
+
+    def _ask_flag(self, request: Request, flag: str, timeout: float | None) -> bool:
+        try:
+            document = self._ask(request, self._connect_timeout if timeout is None else timeout)
+        except (Unavailable, DeadlineExceeded):
+            return False
+        return read_flag(document, flag)
+
+    def _exchange(self, request: Request, timeout: float, deadline: float) -> Reply:
+        try:
+            connection = self._take(timeout, deadline)
+            try:
+                reply = self._converse(connection, request, timeout, deadline)
+            except BaseException:
+                connection.close()
+                raise
+        except zmq.ContextTerminated:
+            raise Cancelled("the client was closed") from None
+        self._put_back(connection)
+        return reply
+
+    def _converse(self, connection: Connection, request: Request, timeout: float, deadline: float) -> Reply:
+        id_, frames = request
+        try:
+            connection.send(frames)
+        except zmq.Again:
+            raise Unavailable(f"the server at {connection.endpoint} went away") from None
+        watched = [(connection.socket, zmq.POLLIN), (connection.monitor, zmq.POLLIN)]
+        is_broken = False
+        while True:
+            ready = zmq.zmq_poll(watched, 0 if is_broken else _poll_ms(deadline))
+            # In the order watched: what the server still sent before it went away counts.
+            if ready and ready[0][0] is connection.socket:
+                reply = self._core.receive(connection.receive())
+                if reply.id == id_:
+                    return reply
+            elif is_broken:
+                raise Unavailable(f"the server at {connection.endpoint} went away before it answered")
+            elif ready:
+                is_broken = connection.is_broken()
+            if time.monotonic() >= deadline:
+                raise DeadlineExceeded(f"no answer from {connection.endpoint} within {timeout:g} s")
+
+    # -- connections -------------------------------------------------------------------------------
+
+    def _take(self, timeout: float, deadline: float) -> Connection:
+        """An idle connection that still stands, or a new one; the caller has it to itself."""
+        while True:
+            with self._lock:
+                context = self._own_context()
+                connection = self._idle.pop() if self._idle else None
+            if connection is None:
+                return self._dial(context, timeout, deadline)
+            if not connection.is_broken():
+                return connection
+            connection.close()
+
+    def _own_context(self) -> zmq.Context[zmq.Socket[bytes]]:
+        """This process's context, made when first needed. Called with the lock held."""
+        if self._closed:
+            raise Cancelled("the client is closed")
+        if self._context is None or self._pid != os.getpid():
+            # After a fork the parent's sockets are the parent's: kept, since to drop them is to close them.
+            self._inherited = (self._context, self._idle)
+            self._idle = []
+            self._context = zmq.Context()
+            self._context.set(zmq.MAX_SOCKETS, _MAX_SOCKETS)
+            self._pid = os.getpid()
+        return self._context
+
+    def _dial(self, context: zmq.Context[zmq.Socket[bytes]], timeout: float, deadline: float) -> Connection:
+        patience = min(deadline, time.monotonic() + self._connect_timeout)
+        dialled: list[Connection] = []
+        try:
+            for endpoint in self._endpoints:
+                dialled.append(Connection(context, endpoint))
+            while True:
+                zmq.zmq_poll([(each.socket, zmq.POLLOUT) for each in dialled], _poll_ms(patience))
+                for connection in dialled:
+                    if connection.is_connected() and not connection.is_broken():
+                        dialled.remove(connection)
+                        return connection
+                if time.monotonic() >= patience:
+                    raise not_connected(self._endpoints, self._connect_timeout, timeout)
+        finally:
+            for connection in dialled:
+                connection.close()
+
+    def _put_back(self, connection: Connection) -> None:
+        with self._lock:
+            if not self._closed and len(self._idle) < _MAX_IDLE:
+                self._idle.append(connection)
+                return
+        connection.close()
+
+
+def _poll_ms(deadline: float) -> int:
+    """Whole milliseconds until the deadline, rounded up, as ZeroMQ's poll takes them; -1 for ever."""
+    if deadline == math.inf:
+        return -1
+    return max(0, math.ceil((deadline - time.monotonic()) * 1000))

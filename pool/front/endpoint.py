@@ -1,0 +1,399 @@
+"""The endpoint: one ROUTER socket over an engine. Runs in the front, on its event loop.
+
+The hot path is `_drain`: header look-up, tensor frames received straight into the open slot, one ticket.
+Everything that is not a well-formed numeric PREDICT with room in the open slot goes the slow way.
+
+ZeroMQ's descriptor is edge-triggered: it signals a change, not a state. So after it signalled, and after
+anything was sent, the socket is drained until it says EAGAIN; a bounded number of messages a turn, so
+that neither workers nor timers wait behind a flood (zmq_getsockopt(3), ZMQ_FD).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import socket
+import stat
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from math import inf
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import zmq
+
+from pool import wire
+from pool.config import ServerConfig
+from pool.errors import ConfigError, InternalError, PoolError, WireError
+from pool.front.admission import Generation, Reply, Route, frame_size_error
+from pool.front.batcher import Slot, Ticket
+from pool.front.engine import Engine
+from pool.wire import FIXED, FIXED_BYTES, Header, Kind, PredictMeta, SignatureMeta
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+log = logging.getLogger("pool.endpoint")
+
+# Messages a turn of the loop. 256 take about 1 ms: the most a worker's answer waits for the front.
+_DRAIN_MAX = 256
+
+# Replies at least this large are sent from the slot without a copy. Below it, ZeroMQ's bookkeeping for
+# a foreign buffer (a message object, a trip through pyzmq's collector thread) costs more than the copy.
+ZERO_COPY_BYTES = 256 << 10
+
+# Messages waiting for one client. One that does not read loses its replies beyond these.
+_SEND_HIGH_WATER = 20_000
+
+# Distinct request headers remembered; each is about 1 kB.
+_ROUTES_MAX = 4096
+
+_NOBLOCK = int(zmq.NOBLOCK)
+_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
+_PREDICT = wire.prefix(Kind.PREDICT)
+
+
+class Endpoint:
+    """The server's socket.
+
+    Args:
+        engine: Runs the requests.
+        config: The `[server]` table.
+        endpoints: Where to bind, resolved (`pool.endpoints`).
+    """
+
+    def __init__(self, engine: Engine, config: ServerConfig, endpoints: Sequence[str]) -> None:
+        self._engine = engine
+        self._config = config
+        self.endpoints = tuple(endpoints)
+        self._loop = asyncio.get_running_loop()
+        self._context = zmq.Context()
+        self._router = self._context.socket(zmq.ROUTER)
+        self._router.setsockopt(zmq.LINGER, 0)
+        # A client that is gone or does not read is an error here, not silence.
+        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._router.setsockopt(zmq.SNDHWM, _SEND_HIGH_WATER)
+        self._router.setsockopt(zmq.MAXMSGSIZE, config.max_message_bytes)
+        # pyzmq's Python layer over send costs 0.65 µs a frame; what it would check does not apply here.
+        self._send: Callable[..., Any] = super(zmq.Socket, self._router).send
+        self._socket_files: list[str] = []
+        self._routes: dict[bytes, Route] = {}
+        self._fd = -1
+        self._is_scheduled = False
+        self.requests = 0
+        self.replies = 0
+        self.dropped = 0
+        self.errors: dict[str, int] = {}
+        self._started_at = time.monotonic()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def open(self) -> None:
+        """Bind and start to answer.
+
+        Raises:
+            ConfigError: an address cannot be bound; the sentence says which and why.
+        """
+        for endpoint in self.endpoints:
+            if endpoint.startswith("ipc://"):
+                _prepare_ipc(endpoint.removeprefix("ipc://"))
+            try:
+                self._router.bind(endpoint)
+            except zmq.ZMQError as e:
+                raise ConfigError(f"endpoint {endpoint}: cannot bind: {e.strerror}") from None
+            if endpoint.startswith("ipc://"):
+                path = endpoint.removeprefix("ipc://")
+                self._socket_files.append(path)
+                os.chmod(path, self._config.ipc_permissions)
+        self._fd = int(self._router.getsockopt(zmq.FD))
+        self._loop.add_reader(self._fd, self._drain)
+        self._again()
+
+    def close(self) -> None:
+        """Send what ZeroMQ still holds (for at most 1 s), unbind and remove the socket files."""
+        if self._fd >= 0:
+            self._loop.remove_reader(self._fd)
+        self._router.close(linger=1000)
+        for path in self._socket_files:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+        self._context.term()
+
+    # -- in -----------------------------------------------------------------------------------------
+
+    def _again(self) -> None:
+        """Look at the socket in the next turn of the loop: its descriptor may not signal again."""
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._loop.call_soon(self._drain)
+
+    def _drain(self) -> None:
+        self._is_scheduled = False
+        router = self._router
+        if router.closed:
+            return
+        recv, recv_into, get = router.recv, router.recv_into, router.get
+        more, noblock, unpack, fixed = zmq.RCVMORE, _NOBLOCK, FIXED.unpack_from, FIXED_BYTES
+        routes, monotonic = self._routes, time.monotonic
+        touched: Generation | None = None
+        now = monotonic()
+        for _ in range(_DRAIN_MAX):
+            try:
+                client = recv(noblock)
+            except zmq.Again:
+                break
+            header = recv(noblock)
+            route = routes.get(header[fixed:])
+            if route is None or header[:4] != _PREDICT or not route.is_numeric:
+                self._receive_slowly(client, header, now)
+                continue
+            generation = route.generation
+            if generation is not touched:
+                if touched is not None:
+                    self._engine.flush(touched, now)
+                touched = generation
+            _, _, _, priority, reserved, _, id_, timeout_ms, rows = unpack(header)
+            if priority > 3 or reserved or (rows != 1 and (rows == 0 or not route.is_batched)):
+                self._receive_slowly(client, header, now)
+                continue
+            batcher = generation.batcher
+            slot = batcher.open_slot(route.number, route.capacity)
+            if slot is None or rows > slot.capacity - slot.rows:
+                if slot is not None:
+                    batcher.abandon(slot)
+                self._receive_slowly(client, header, now)
+                continue
+            start = slot.rows
+            view = generation.views[slot.index]
+            fault: PoolError | None = None
+            for offset, row_bytes in route.inputs:
+                if not get(more):
+                    fault = WireError(f"fewer tensor frames than the {len(route.inputs)} the header names")
+                    break
+                at = offset + start * row_bytes
+                want = rows * row_bytes
+                got = recv_into(view[at : at + want], flags=noblock)
+                if got != want:
+                    fault = frame_size_error(route, route.inputs.index((offset, row_bytes)), got, rows)
+                    break
+            if fault is None and get(more):
+                fault = WireError(f"more tensor frames than the {len(route.inputs)} the header names")
+            if fault is not None:
+                self._skip_frames()
+                batcher.abandon(slot)
+                self._refuse(client, id_, fault)
+                continue
+            self.requests += 1
+            deadline = now + timeout_ms * 1e-3 if timeout_ms else inf
+            batcher.commit(slot, Ticket(self, client, id_, route, rows, deadline, now), now)
+            if slot.rows == slot.capacity:  # a full batch need not wait for the end of the drain
+                now = monotonic()
+                self._engine.flush(generation, now)
+        else:
+            self._again()
+        if touched is not None:
+            self._engine.flush(touched, now)
+
+    def _skip_frames(self) -> None:
+        while self._router.get(zmq.RCVMORE):
+            self._router.recv(_NOBLOCK)
+
+    def _receive_frames(self) -> list[memoryview]:
+        frames: list[memoryview] = []
+        while self._router.get(zmq.RCVMORE):
+            frame = self._router.recv(_NOBLOCK, copy=False).buffer
+            if len(frames) <= wire.MAX_TENSORS:  # one too many is enough to refuse it
+                frames.append(frame)
+        return frames
+
+    def _receive_slowly(self, client: bytes, header: bytes, now: float) -> None:
+        """Any message: the rest of its frames is received, and it is answered or admitted."""
+        frames = self._receive_frames()
+        try:
+            decoded = wire.decode_header(header)
+        except PoolError as e:
+            self._refuse(client, wire.peek_id(header) or 0, e)
+            return
+        try:
+            if decoded.kind is Kind.PREDICT:
+                self._admit(client, decoded, frames, now)
+            elif frames:
+                raise WireError(f"{decoded.kind.name} with {len(frames)} tensor frames; wanted none")
+            else:
+                self._inform(client, decoded)
+        except PoolError as e:
+            self._refuse(client, decoded.id, e)
+        except Exception as e:
+            log.exception("cannot handle a message")
+            self._refuse(client, decoded.id, InternalError(f"{type(e).__name__} while handling the request"))
+
+    def _admit(self, client: bytes, header: Header, frames: list[memoryview], now: float) -> None:
+        route = self._routes.get(header.meta)
+        if route is None or self._engine.is_draining:
+            route = self._engine.resolve(wire.decode_meta(PredictMeta, header.meta))
+            if len(self._routes) >= _ROUTES_MAX:
+                self._routes.clear()
+            self._routes[header.meta] = route
+        deadline = now + header.millis * 1e-3 if header.millis else inf
+        ticket = Ticket(self, client, header.id, route, header.rows, deadline, now)
+        route.generation.place(ticket, frames, now)
+        self.requests += 1
+        self._engine.flush(route.generation, now)
+
+    def forget_routes(self) -> None:
+        """Resolve every header anew: what is served has changed, or nothing is admitted any more."""
+        self._routes.clear()
+
+    # -- questions ----------------------------------------------------------------------------------
+
+    def _inform(self, client: bytes, header: Header) -> None:
+        engine = self._engine
+        document: dict[str, Any]
+        match header.kind:
+            case Kind.LIVE:
+                document = {"live": True}
+            case Kind.READY:
+                name = wire.decode_meta(SignatureMeta, header.meta).model
+                models = engine.readiness()
+                if name:
+                    models = {name: models[engine.known(name)]}
+                document = {"ready": all(models.values()), "models": models}
+            case Kind.MODELS:
+                document = {"models": engine.describe_models()}
+            case Kind.SIGNATURE:
+                wanted = wire.decode_meta(SignatureMeta, header.meta)
+                document = engine.find(wanted.model, wanted.version).describe()
+            case Kind.STATUS:
+                task = self._loop.create_task(self._send_status(client, header.id))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+                return
+            case _:
+                raise WireError(f"{header.kind.name} is a reply, not a request")
+        self._reply(client, header.id, document)
+
+    async def _send_status(self, client: bytes, id_: int) -> None:
+        document = await self._engine.status()
+        document["front"] |= {
+            "uptime_s": time.monotonic() - self._started_at,
+            "endpoints": list(self.endpoints),
+            "requests": self.requests,
+            "replies": self.replies,
+            "dropped_replies": self.dropped,
+            "errors": self.errors,
+        }
+        if not self._router.closed:
+            self._reply(client, id_, document)
+
+    def _reply(self, client: bytes, id_: int, document: dict[str, Any]) -> None:
+        self._send_payloads(
+            client, wire.encode_header(Header(Kind.INFO, id_, wire.encode_info(document))), ()
+        )
+
+    # -- out (Sink) ---------------------------------------------------------------------------------
+
+    def send_result(self, ticket: Ticket, reply: Reply, slot: Slot) -> None:
+        """Send rows of a finished slot: small ones are copied, large ones leave from the slot itself."""
+        rows = ticket.rows
+        header = FIXED.pack(wire.MAGIC, wire.VERSION, Kind.RESULT, 0, 0, reply.flags, ticket.id, 0, rows)
+        header += reply.meta
+        generation = ticket.route.generation
+        view = generation.views[slot.index]
+        numeric = reply.numeric
+        if numeric is None or rows * reply.row_bytes >= ZERO_COPY_BYTES:
+            self._send_payloads(ticket.client, header, self._payloads(generation, reply, slot, ticket))
+            return
+        send, start = self._send, ticket.start
+        try:
+            send(ticket.client, _MORE)
+        except zmq.ZMQError as e:
+            self._drop(e)
+            return
+        last = len(numeric) - 1
+        send(header, _MORE if last >= 0 else _NOBLOCK)
+        for i, (offset, row_bytes) in enumerate(numeric):
+            at = offset + start * row_bytes
+            send(view[at : at + rows * row_bytes], _MORE if i < last else _NOBLOCK)
+        self.replies += 1
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._loop.call_soon(self._drain)
+
+    def send_frames(self, ticket: Ticket, reply: Reply, frames: list[bytes]) -> None:
+        """Send a result joined from several batches."""
+        header = Header(Kind.RESULT, ticket.id, reply.meta, rows=ticket.rows, flags=reply.flags)
+        self._send_payloads(ticket.client, wire.encode_header(header), frames)
+
+    def send_error(self, ticket: Ticket, error: PoolError) -> None:
+        """Send the typed error a request ends with."""
+        self._refuse(ticket.client, ticket.id, error)
+
+    def _payloads(
+        self, generation: Generation, reply: Reply, slot: Slot, ticket: Ticket
+    ) -> list[memoryview | bytes | npt.NDArray[np.uint8]]:
+        if reply.numeric is None:
+            return list(reply.payloads(generation.views[slot.index], ticket.start, ticket.rows))
+        memory = generation.arena.slots[slot.index]
+        payloads: list[memoryview | bytes | npt.NDArray[np.uint8]] = []
+        for offset, row_bytes in reply.numeric:
+            at = offset + ticket.start * row_bytes
+            payload = memory[at : at + ticket.rows * row_bytes]
+            self._engine.pin(generation, slot, payload)
+            payloads.append(payload)
+        return payloads
+
+    def _send_payloads(
+        self, client: bytes, header: bytes, payloads: Sequence[memoryview | bytes | npt.NDArray[np.uint8]]
+    ) -> None:
+        send = self._send
+        try:
+            send(client, _MORE)
+        except zmq.ZMQError as e:
+            self._drop(e)
+            return
+        last = len(payloads) - 1
+        send(header, _MORE if last >= 0 else _NOBLOCK)
+        for i, payload in enumerate(payloads):
+            flags = _MORE if i < last else _NOBLOCK
+            # pyzmq itself copies what is below its own threshold (64 KiB), pinned or not.
+            send(payload, flags, not isinstance(payload, np.ndarray))
+        self.replies += 1
+        self._again()
+
+    def _refuse(self, client: bytes, id_: int, error: PoolError) -> None:
+        self.errors[error.code] = self.errors.get(error.code, 0) + 1
+        self._send_payloads(client, wire.encode_error(id_, error), ())
+
+    def _drop(self, e: zmq.ZMQError) -> None:
+        """The client is gone (EHOSTUNREACH) or does not read (EAGAIN): nobody waits for this reply."""
+        if e.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
+            raise e
+        self.dropped += 1
+
+
+def _prepare_ipc(path: str) -> None:
+    """Make the socket's directory, and make sure no living server listens there.
+
+    A socket file left behind by a killed server does not matter: ZeroMQ replaces it.
+
+    Raises:
+        ConfigError: something else is there, or a server answers.
+    """
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o750, exist_ok=True)
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    except OSError as e:
+        raise ConfigError(f"endpoint ipc://{path}: {e.strerror}") from None
+    if not stat.S_ISSOCK(mode):
+        raise ConfigError(f"endpoint ipc://{path}: a file that is not a socket is there")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return
+    raise ConfigError(f"endpoint ipc://{path}: another server is listening there")

@@ -1,0 +1,430 @@
+"""The engine: arenas, batchers and workers under asyncio. Runs in the front, or in any application's loop.
+
+It starts the models of a config, takes placed rows, dispatches batches, and hands the answers to their
+sinks. It has no sockets to clients: `pool.front.endpoint` is the one that has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+import weakref
+from math import inf
+from typing import Any
+
+import msgspec
+import numpy as np
+import psutil
+
+from pool.config import Config, ModelConfig
+from pool.errors import (
+    DeadlineExceeded,
+    InternalError,
+    ModelError,
+    ModelNotFound,
+    PoolError,
+    TooLarge,
+    Unavailable,
+    VersionNotFound,
+    WorkerLost,
+)
+from pool.front.admission import Generation, Route
+from pool.front.batcher import Slot, Ticket
+from pool.front.supervisor import Replicas, Supervisor, Worker
+from pool.shm.control import LoadReport
+from pool.shm.doorbell import Message, Ring
+from pool.wire import PredictMeta
+
+log = logging.getLogger("pool.engine")
+
+
+class ServedModel:
+    """One model of the config: what is served now and what was counted.
+
+    Attributes:
+        name: In the config.
+        generation: None until it is loaded.
+        replicas: Its workers.
+        state: `loading`, `ready`, `failed` or `stopped`.
+        failure: Why, when failed.
+        batches: Batches run.
+        rows: Rows of those.
+        batch_sizes: Batches run, by rows.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.generation: Generation | None = None
+        self.replicas: Replicas | None = None
+        self.state = "loading"
+        self.failure = ""
+        self.batches = 0
+        self.rows = 0
+        self.batch_sizes: dict[int, int] = {}
+
+
+class Engine:
+    """Models, their batches and their workers. Make it inside a running event loop.
+
+    Args:
+        config: Checked.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._config = config
+        self._supervisor = Supervisor()
+        self.models = {name: ServedModel(name) for name in config.models}
+        self._generations: list[Generation] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = inf
+        self._idle: asyncio.Event = asyncio.Event()
+        self._process = psutil.Process()
+        self.is_draining = False
+
+    # -- life ---------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Load every model and start its workers; returns when all are ready.
+
+        Raises:
+            ModelLoadError · ConfigError: one cannot be served (`status` says which and why).
+        """
+        # One at a time: loading is where memory peaks, and a loader uses every core as it is.
+        for name in self.models:
+            await self._start_model(name)
+
+    async def _start_model(self, name: str) -> None:
+        model, config = self.models[name], self._config.models[name]
+        try:
+            generation = await asyncio.wait_for(
+                self._start_generation(model, config), self._config.server.start_timeout_s
+            )
+        except asyncio.TimeoutError:
+            model.state, model.failure = "failed", "start timed out"
+            raise Unavailable(
+                f"model {name!r} was not ready within start_timeout_s = {self._config.server.start_timeout_s}"
+            ) from None
+        except PoolError as e:
+            model.state, model.failure = "failed", e.message
+            raise
+        model.state = "ready"
+        report = generation.report
+        log.info(
+            "model ready model=%s version=%d workers=%d slots=%d arena_mb=%.1f weights_mb=%.1f shared=%s",
+            name, report.version, config.workers, len(generation.arena.slots),
+            generation.arena.size_bytes / 1e6, report.weights_bytes / 1e6, report.weights_shared,
+        )  # fmt: skip
+
+    async def _start_generation(self, model: ServedModel, config: ModelConfig) -> Generation:
+        report, weights_fd = await self._supervisor.load(model.name, config)
+        generation = Generation(model.name, config, report)
+        model.replicas = Replicas(self._supervisor, generation, weights_fd, self)
+        model.generation = generation
+        self._generations.append(generation)
+        await model.replicas.start()
+        return generation
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and finish what is admitted.
+
+        Returns:
+            Whether all was finished in time.
+        """
+        self.is_draining = True
+        self._note_idle()
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except asyncio.TimeoutError:
+            return False
+        return True
+
+    async def stop(self) -> None:
+        """Answer what is left `Unavailable`, end the workers, give the memory back."""
+        self.is_draining = True
+        for generation in self._generations:
+            for ticket in generation.batcher.drop_waiting():
+                ticket.sink.send_error(ticket, Unavailable("the server is stopping"))
+        for model in self.models.values():
+            if model.replicas is not None:
+                await model.replicas.stop()
+            model.state = "stopped"
+        await self._supervisor.stop()
+        if self._timer is not None:
+            self._timer.cancel()
+        for generation in self._generations:
+            generation.close()
+        self._generations.clear()
+
+    # -- requests -----------------------------------------------------------------------------------
+
+    def resolve(self, meta: PredictMeta) -> Route:
+        """What requests with this header run (see `Generation.resolve`).
+
+        Raises:
+            ModelNotFound · VersionNotFound · Unavailable, and what `Generation.resolve` raises.
+        """
+        return self.find(meta.model, meta.version).resolve(meta)
+
+    def find(self, name: str, version: int | None) -> Generation:
+        """The generation that serves a model.
+
+        Raises:
+            ModelNotFound: no such model; the sentence lists those there are.
+            VersionNotFound: another version is served.
+            Unavailable: it is not ready.
+        """
+        model = self.models[self.known(name)]
+        if self.is_draining:
+            raise Unavailable("the server is stopping")
+        if model.state != "ready" or model.generation is None:
+            raise Unavailable(f"model {name!r} is {model.state}")
+        if version is not None and version != model.generation.version:
+            raise VersionNotFound(
+                f"model {name!r} has no version {version}; wanted {model.generation.version}"
+            )
+        return model.generation
+
+    def known(self, name: str) -> str:
+        """The name itself, if such a model is configured.
+
+        Raises:
+            ModelNotFound: it is not; the sentence lists those that are.
+        """
+        if name not in self.models:
+            names = ", ".join(repr(n) for n in self.models)
+            raise ModelNotFound(f"no model {name!r}; wanted one of {names}")
+        return name
+
+    def flush(self, generation: Generation, now: float) -> None:
+        """Rows were placed: start what can start, and arm the timer for what cannot yet."""
+        self._dispatch(generation, now)
+        self._arm(generation, now)
+
+    def _dispatch(self, generation: Generation, now: float) -> None:
+        replicas = self.models[generation.model].replicas
+        assert replicas is not None
+        for slot, index in generation.batcher.dispatch(now):
+            generation.arena.describe(slot.index, slot.tickets[0].route.layout)
+            replicas.run(replicas.workers[index], slot)
+
+    def _arm(self, generation: Generation, now: float) -> None:
+        wakeup = generation.batcher.next_wakeup()
+        if wakeup < self._timer_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer_at = wakeup
+            self._timer = self._loop.call_later(max(0.0, wakeup - now), self._wake)
+
+    def _wake(self) -> None:
+        self._timer, self._timer_at = None, inf
+        now = time.monotonic()
+        for generation in self._generations:
+            for ticket in generation.batcher.expire(now):
+                waited_ms = (now - ticket.received_at) * 1e3
+                late = DeadlineExceeded(f"no answer within the request's timeout; waited {waited_ms:.0f} ms")
+                ticket.sink.send_error(ticket, late)
+            self.flush(generation, now)
+        self._note_idle()
+
+    # -- workers (Listener) -------------------------------------------------------------------------
+
+    def worker_ready(self, generation: Generation, worker: Worker) -> None:
+        """A worker can take a batch."""
+        generation.batcher.worker_ready(worker.index)
+        self.flush(generation, time.monotonic())
+
+    def worker_answered(self, generation: Generation, worker: Worker, message: Message) -> None:
+        """A batch came back: first keep the worker busy, then send the answers."""
+        slot = worker.slot
+        if slot is None or slot.index != message.slot or slot.generation != message.generation:
+            log.error("stale answer model=%s worker=%d slot=%d", generation.model, worker.index, message.slot)
+            return
+        batcher = generation.batcher
+        tickets = batcher.finish(slot)
+        replicas = self.models[generation.model].replicas
+        assert replicas is not None
+        replicas.finished(worker)
+        batcher.worker_ready(worker.index)
+        now = time.monotonic()
+        self._dispatch(generation, now)
+        self._count(generation, slot.rows)
+        if message.kind == Ring.DONE:
+            self._deliver(generation, slot, tickets)
+        else:
+            kind = TooLarge if message.kind == Ring.TOO_LARGE else ModelError
+            self._refuse(tickets, kind(message.text))
+        if slot.pins == 0:
+            self._release(generation, slot)
+        self._arm(generation, now)
+
+    def _deliver(self, generation: Generation, slot: Slot, tickets: list[Ticket]) -> None:
+        try:
+            places = generation.arena.read_run_record(slot.index)[2]
+            route = None
+            for ticket in tickets:
+                if ticket.route is not route:
+                    route = ticket.route
+                    reply = generation.reply_for(route, places)
+                ticket.is_settled = True
+                ticket.sink.send_result(ticket, reply, slot)
+        except InternalError as e:
+            self._refuse([ticket for ticket in tickets if not ticket.is_settled], e)
+
+    @staticmethod
+    def _refuse(tickets: list[Ticket], error: PoolError) -> None:
+        for ticket in tickets:
+            if not ticket.is_settled:
+                ticket.is_settled = True
+                ticket.sink.send_error(ticket, error)
+
+    def _release(self, generation: Generation, slot: Slot) -> None:
+        generation.batcher.release(slot)
+        if self.is_draining:
+            self._note_idle()
+
+    def pin(self, generation: Generation, slot: Slot, payload: np.ndarray[Any, Any]) -> None:
+        """Keep `slot` from being used again until `payload`, a view of its bytes, is garbage.
+
+        Thread-safe at the far end: ZeroMQ lets go of a frame in a thread of its own.
+        """
+        slot.pins += 1
+        weakref.finalize(payload, self._unpin_from_thread, generation, slot).atexit = False
+
+    def _unpin_from_thread(self, generation: Generation, slot: Slot) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._unpin, generation, slot)
+
+    def _unpin(self, generation: Generation, slot: Slot) -> None:
+        slot.pins -= 1
+        if slot.pins == 0 and generation in self._generations:
+            self._release(generation, slot)
+
+    def worker_ended(self, generation: Generation, worker: Worker, slot: Slot | None, how: str) -> None:
+        """A worker's process is gone: nothing writes to its slot any more."""
+        generation.batcher.worker_lost(worker.index)
+        if slot is not None:
+            rows = slot.rows
+            tickets = generation.batcher.reap(slot)
+            self._refuse(tickets, WorkerLost(f"the worker running the batch of {rows} rows ended: {how}"))
+        self._note_idle()
+
+    # -- looking ------------------------------------------------------------------------------------
+
+    def _count(self, generation: Generation, rows: int) -> None:
+        model = self.models[generation.model]
+        model.batches += 1
+        model.rows += rows
+        model.batch_sizes[rows] = model.batch_sizes.get(rows, 0) + 1
+
+    def _note_idle(self) -> None:
+        if self.is_draining and all(g.batcher.is_idle for g in self._generations):
+            self._idle.set()
+
+    def readiness(self) -> dict[str, bool]:
+        """Per model: whether it has a worker that answered its canary and is still there."""
+        return {
+            name: model.state == "ready"
+            and not self.is_draining
+            and model.replicas is not None
+            and any(worker.state.value in ("ready", "busy") for worker in model.replicas.workers)
+            for name, model in self.models.items()
+        }
+
+    def describe_models(self) -> dict[str, Any]:
+        """Per model: version, whether it is ready, names of its signatures."""
+        readiness = self.readiness()
+        return {
+            name: {
+                "version": model.generation.version if model.generation is not None else None,
+                "ready": readiness[name],
+                "signatures": sorted(model.generation.signatures) if model.generation is not None else [],
+            }
+            for name, model in self.models.items()
+        }
+
+    async def status(self) -> dict[str, Any]:
+        """The engine's part of the status document (`docs/operations.md`).
+
+        Reading a process's memory map takes the kernel milliseconds, so it is done in a thread.
+        """
+        pids = [zygote.pid for zygote in self._supervisor.zygotes.values()]
+        for model in self.models.values():
+            if model.replicas is not None:
+                pids += [worker.pid for worker in model.replicas.workers]
+        known = [pid for pid in pids if pid is not None]
+        usage = await self._loop.run_in_executor(None, measure_processes, [*known, os.getpid()])
+        return {
+            "front": usage[os.getpid()],
+            "zygotes": [
+                {"backend": zygote.backend, **usage[zygote.pid]}
+                for zygote in self._supervisor.zygotes.values()
+                if zygote.pid is not None
+            ],
+            "models": {name: self._model_status(model, usage) for name, model in self.models.items()},
+        }
+
+    def _model_status(self, model: ServedModel, usage: dict[int, dict[str, Any]]) -> dict[str, Any]:
+        document: dict[str, Any] = {
+            "state": model.state,
+            "failure": model.failure,
+            "batches": model.batches,
+            "rows": model.rows,
+            "batch_sizes": {str(rows): n for rows, n in sorted(model.batch_sizes.items())},
+        }
+        generation, replicas = model.generation, model.replicas
+        if generation is not None:
+            arena = generation.arena
+            document |= describe_report(generation.report, len(arena.slots), arena.slot_bytes)
+            document["max_batch_size"] = generation.config.max_batch_size
+            document["queue_rows"] = generation.batcher.queue_rows
+        if replicas is not None:
+            nothing = {"pid": None, "cpu_s": 0.0, "uss_bytes": 0, "pss_bytes": 0}
+            document["workers"] = [
+                {
+                    "index": worker.index,
+                    "state": worker.state.value,
+                    "device": worker.device,
+                    "batches": worker.batches,
+                    "rows": worker.rows,
+                    "restarts": worker.restarts,
+                    "ready_s": worker.ready_s,
+                    "last_error": worker.last_error,
+                    **(usage.get(worker.pid or 0) or nothing),
+                }
+                for worker in replicas.workers
+            ]
+        return document
+
+
+def describe_report(report: LoadReport, slots: int, slot_bytes: int) -> dict[str, Any]:
+    """What is known of a loaded model, for `pool status` and `pool check`."""
+    return {
+        "version": report.version,
+        "signatures": [msgspec.to_builtins(signature) for signature in report.signatures],
+        "skipped": report.skipped,
+        "weights_bytes": report.weights_bytes,
+        "weights_shared": report.weights_shared,
+        "unshared_reason": report.unshared_reason,
+        "arena_bytes": slots * slot_bytes,
+        "slots": slots,
+        "slot_bytes": slot_bytes,
+    }
+
+
+def measure_processes(pids: list[int]) -> dict[int, dict[str, Any]]:
+    """CPU seconds and memory of processes; zeros for one that is gone."""
+    usage = {}
+    for pid in pids:
+        entry: dict[str, Any] = {"pid": pid, "cpu_s": 0.0, "uss_bytes": 0, "pss_bytes": 0}
+        try:
+            process = psutil.Process(pid)
+            times = process.cpu_times()
+            memory = process.memory_full_info()
+            entry |= {"cpu_s": times.user + times.system, "uss_bytes": memory.uss, "pss_bytes": memory.pss}
+        except psutil.Error:
+            pass  # it ended between the list and the look
+        usage[pid] = entry
+    return usage

@@ -1,0 +1,138 @@
+"""`pool serve` and `pool check`: the front process from its first line to its exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import uvloop
+
+from pool.config import Config
+from pool.endpoints import default_endpoint
+from pool.errors import ConfigError, PoolError
+from pool.front.admission import plan_arena
+from pool.front.endpoint import Endpoint
+from pool.front.engine import Engine, describe_report
+from pool.front.supervisor import Supervisor
+
+log = logging.getLogger("pool")
+
+EXIT_OK = 0
+EXIT_FAILED = 1  # a model does not load, or draining took too long
+EXIT_CONFIG = 2
+
+
+def serve(config: Config) -> int:
+    """Serve until SIGTERM or SIGINT; gives the process's exit code (`docs/operations.md`)."""
+    logging.basicConfig(
+        level=config.server.log_level.upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+    )
+    return uvloop.run(_serve(config))
+
+
+async def _serve(config: Config) -> int:
+    loop = asyncio.get_running_loop()
+    stops = 0
+    stopping = asyncio.Event()
+    hurrying = asyncio.Event()
+
+    def stop() -> None:
+        nonlocal stops
+        stops += 1
+        (stopping if stops == 1 else hurrying).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    engine = Engine(config)
+    endpoint = Endpoint(engine, config.server, config.server.endpoints or (default_endpoint(),))
+    starting: asyncio.Task[None] | None = None
+    try:
+        endpoint.open()
+        log.info("listening %s", " ".join(endpoint.endpoints))
+        starting = loop.create_task(engine.start())
+        code = await _run(config, engine, endpoint, starting, stopping, hurrying)
+    except ConfigError as e:
+        log.error("%s", e.message)
+        code = EXIT_CONFIG
+    except PoolError as e:
+        log.error("%s: %s", e.code, e.message)
+        code = EXIT_FAILED
+    finally:
+        if starting is not None and not starting.done():
+            starting.cancel()
+            await asyncio.wait([starting])
+        await engine.stop()
+        endpoint.close()
+    log.info("stopped exit_code=%d", code)
+    return code
+
+
+async def _run(
+    config: Config,
+    engine: Engine,
+    endpoint: Endpoint,
+    starting: asyncio.Task[None],
+    stopping: asyncio.Event,
+    hurrying: asyncio.Event,
+) -> int:
+    loop = asyncio.get_running_loop()
+    stop = loop.create_task(stopping.wait())
+    try:
+        await asyncio.wait([starting, stop], return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            # What exists now lives as long as the process: no collection need walk it again.
+            gc.collect()
+            gc.freeze()
+            log.info("ready models=%s", ",".join(engine.models))
+            await stop
+    finally:
+        stop.cancel()
+    log.info("draining timeout_s=%g", config.server.drain_timeout_s)
+    endpoint.forget_routes()
+    drain = loop.create_task(engine.drain(config.server.drain_timeout_s))
+    hurry = loop.create_task(hurrying.wait())
+    await asyncio.wait([drain, hurry], return_when=asyncio.FIRST_COMPLETED)
+    hurry.cancel()
+    finished = drain.done() and drain.result()
+    drain.cancel()
+    return EXIT_OK if finished else EXIT_FAILED
+
+
+def check(config: Config) -> dict[str, Any]:
+    """Load every model of a config in a loader process, serve nothing, and report.
+
+    Raises:
+        ModelLoadError: one cannot be loaded.
+    """
+    return asyncio.run(_check(config))
+
+
+async def _check(config: Config) -> dict[str, Any]:
+    supervisor = Supervisor()
+    models: dict[str, Any] = {}
+    try:
+        for name, model in config.models.items():
+            started = time.monotonic()
+            report, weights_fd = await asyncio.wait_for(
+                supervisor.load(name, model), config.server.start_timeout_s
+            )
+            if weights_fd is not None:
+                os.close(weights_fd)
+            slots, slot_bytes = plan_arena(model, report.signatures)
+            models[name] = describe_report(report, slots, slot_bytes) | {
+                "path": report.path,
+                "max_batch_size": model.max_batch_size,
+                "load_s": time.monotonic() - started,
+            }
+    finally:
+        await supervisor.stop()
+    return {"models": models}

@@ -1,0 +1,1 @@
+"""Memory and wake-ups that the front and the workers share: arena, weights, doorbell."""

@@ -1,0 +1,88 @@
+"""The doorbell: a `SOCK_SEQPACKET` pair between the front and one worker, one message per batch each way.
+
+A message is 16 bytes, little-endian, and for those that carry one, a UTF-8 text after them:
+
+     0       2       4        8             12       16
+     +-------+-------+--------+-------------+--------+----------
+     | kind  | slot  |  rows  | generation  | layout | text …
+     |  u16  |  u16  |  u32   |     u32     |  u32   |
+     +-------+-------+--------+-------------+--------+----------
+
+Packets keep their bounds and their order, a dead peer reads as an end of file, and the kernel wakes
+the sleeper: no busy waiting. Both ends run this code: the front non-blocking, the worker blocking.
+"""
+
+from __future__ import annotations
+
+import enum
+import socket
+import struct
+from typing import NamedTuple
+
+_FIXED = struct.Struct("<HHIII")
+TEXT_MAX_BYTES = 32_768  # well below the kernel's default packet limit (net.core.wmem_default)
+_RECEIVE_BYTES = _FIXED.size + TEXT_MAX_BYTES
+
+
+class Ring(enum.IntEnum):
+    """What a message says."""
+
+    # front -> worker
+    RUN = 1  # run the first `rows` rows of `slot`, cut up as `layout` (its descriptor is in the slot)
+    DRAIN = 2  # finish and exit
+    # worker -> front
+    READY = 16  # loaded and warmed up
+    DONE = 17  # outputs are in the slot
+    MODEL_ERROR = 18  # the model raised; text is its message
+    TOO_LARGE = 19  # the outputs do not fit the slot; text says by how much
+    LOAD_ERROR = 20  # the model does not load; text says why; the worker exits
+
+
+class Message(NamedTuple):
+    """One message, decoded."""
+
+    kind: int
+    slot: int = 0
+    rows: int = 0
+    generation: int = 0
+    layout: int = 0
+    text: str = ""
+
+
+def make_pair() -> tuple[socket.socket, socket.socket]:
+    """The front's end (non-blocking) and the worker's end (blocking) of a new doorbell."""
+    front, worker = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    front.setblocking(False)
+    return front, worker
+
+
+def ring(sock: socket.socket, message: Message) -> None:
+    """Send one message; a text that is too long is cut.
+
+    Raises:
+        OSError: the other end is gone (or, non-blocking, its buffer is full, which one message per
+            batch cannot do).
+    """
+    fixed = _FIXED.pack(message.kind, message.slot, message.rows, message.generation, message.layout)
+    if message.text:
+        text = message.text.encode("utf-8", "replace")[:TEXT_MAX_BYTES]
+        sock.send(fixed + text)
+    else:
+        sock.send(fixed)
+
+
+def answer(sock: socket.socket) -> Message | None:
+    """Receive one message; None when the other end is gone.
+
+    Raises:
+        BlockingIOError: non-blocking and nothing there.
+    """
+    try:
+        data = sock.recv(_RECEIVE_BYTES)
+    except ConnectionResetError:
+        return None
+    if len(data) < _FIXED.size:
+        return None
+    kind, slot, rows, generation, layout = _FIXED.unpack_from(data)
+    text = data[_FIXED.size :].decode("utf-8", "replace") if len(data) > _FIXED.size else ""
+    return Message(kind, slot, rows, generation, layout, text)

@@ -1,0 +1,272 @@
+"""The worker: one model replica that runs slots in place. A fork of the zygote.
+
+It sleeps on its doorbell. A RUN names a slot; the worker aliases the slot's input regions as the
+framework's tensors, runs the signature, writes the outputs behind the inputs and rings back. What was
+bound for a (slot, layout, rows) is kept: the tensors alias the memory, so the next such batch costs one
+call. A model that raises costs a MODEL_ERROR message, never the process.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import sys
+import time
+from bisect import bisect_left
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pool.backends import Array, BoundCall, Model, find_backend
+from pool.errors import ModelError, ModelLoadError, PoolError, TooLarge
+from pool.sample import sample_inputs
+from pool.shm import doorbell, weights
+from pool.shm.arena import Arena, BatchDescriptor, InputRegion, OutputPlace, align, encode_outputs
+from pool.shm.control import WorkerOrder
+from pool.shm.doorbell import Message, Ring
+from pool.signature import ITEM_BYTES, Signature, dtype_name, numpy_dtype, row_items
+from pool.wire import encode_strings
+
+# Bound calls kept. 16 slots x 64 batch sizes are 1,024 for one layout; an entry is a few kB of tensor
+# handles. When more shapes than this come by, all are dropped and built again on demand.
+_BOUND_MAX = 4096
+
+
+def run_worker(order: WorkerOrder, doorbell_fd: int, arena_fd: int, weights_fd: int | None = None) -> None:
+    """Load the model, say READY, and run batches until the front closes the doorbell."""
+    from pool.worker.zygote import name_process
+
+    name_process(f"pool-{order.index}-{order.model}")
+    sock = socket.socket(fileno=doorbell_fd)
+    sock.setblocking(True)
+    try:
+        model = _load(order, weights_fd)
+        arena = Arena.attach(arena_fd, order.slots, order.slot_bytes)
+        signatures = {signature.name: signature for signature in model.signatures}
+        signatures.update({w.signature.name: w.signature for w in order.warm_up})
+        _warm_up(order, model)
+    except PoolError as e:
+        doorbell.ring(sock, Message(Ring.LOAD_ERROR, text=e.message))
+        sys.exit(1)
+    gc.collect()
+    gc.freeze()
+    doorbell.ring(sock, Message(Ring.READY))
+    runner = Runner(model, arena, signatures, order.allowed_batch_sizes)
+    while True:
+        message = doorbell.answer(sock)
+        if message is None or message.kind == Ring.DRAIN:
+            return
+        doorbell.ring(sock, runner.run(message))
+
+
+def _load(order: WorkerOrder, weights_fd: int | None) -> Model:
+    backend = find_backend(order.backend)
+    backend.prepare(order.placement)
+    shared = None
+    if weights_fd is not None:
+        shared = weights.map_private(weights_fd, order.weights)
+        os.close(weights_fd)
+    return backend.load(order.path, shared)
+
+
+def _warm_up(order: WorkerOrder, model: Model) -> None:
+    """Run sample batches: the framework allocates, plans and compiles now, not on the first user."""
+    for warm_up in order.warm_up:
+        signature = warm_up.signature
+        for rows in warm_up.rows:
+            sample = sample_inputs(signature, rows, recipe=warm_up.recipe)
+            try:
+                model.bind(signature.name, [sample[spec.name] for spec in signature.inputs])()
+            except ModelError as e:
+                raise ModelLoadError(
+                    f"canary of {signature.name!r} with {rows} rows failed, though the loader's went well: "
+                    f"{e.message}"
+                ) from None
+
+
+class _Bound:
+    """A call bound to one slot region, and where its outputs went last time."""
+
+    __slots__ = ("call", "descriptor", "places", "shapes", "targets")
+
+    def __init__(self, descriptor: BatchDescriptor, call: BoundCall | None) -> None:
+        self.descriptor = descriptor
+        self.call = call  # None when the inputs must be read anew each time (strings)
+        self.shapes: list[tuple[int, ...]] = []
+        self.targets: list[Array] = []
+        self.places = b""
+
+
+class Runner:
+    """Runs the slots of one arena on one model.
+
+    Args:
+        model: The loaded replica.
+        arena: Mapped; a slot named by a RUN message is the worker's until it answers.
+        signatures: By name, as the loader settled them.
+        allowed_batch_sizes: Sizes to pad batches up to, rising; empty for none.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        arena: Arena,
+        signatures: dict[str, Signature],
+        allowed_batch_sizes: tuple[int, ...],
+    ) -> None:
+        self._model = model
+        self._arena = arena
+        self._signatures = signatures
+        self._allowed = allowed_batch_sizes
+        self._bound: dict[tuple[int, int, int], _Bound] = {}
+
+    def run(self, message: Message) -> Message:
+        """Run one batch; gives the answer to ring back. Never raises for what a model does."""
+        started_ns = time.monotonic_ns()
+        slot, rows = message.slot, message.rows
+        kind, text = Ring.DONE, ""
+        try:
+            padded = self._padded(rows)
+            bound = self._bound.get((slot, message.layout, padded))
+            if bound is None:
+                bound = self._bind(slot, message.layout, padded, rows)
+            elif padded > rows:
+                self._pad(slot, bound.descriptor, rows, padded)
+            if bound.call is not None:
+                outputs = bound.call()
+            else:
+                arrays = self._inputs(slot, bound.descriptor, rows, padded)
+                outputs = self._model.bind(bound.descriptor.signature, arrays)()
+            places = self._write(slot, bound, outputs, padded)
+            self._arena.write_run_record(slot, started_ns, time.monotonic_ns(), places)
+        except ModelError as e:
+            kind, text = Ring.MODEL_ERROR, e.message
+        except TooLarge as e:
+            kind, text = Ring.TOO_LARGE, e.message
+        except Exception as e:
+            kind, text = Ring.MODEL_ERROR, f"{type(e).__name__}: {e}"
+        return Message(kind, slot, rows, message.generation, message.layout, text)
+
+    def _padded(self, rows: int) -> int:
+        if rows == 0:  # there is no row to pad with
+            return 0
+        at = bisect_left(self._allowed, rows)
+        return self._allowed[at] if at < len(self._allowed) else rows
+
+    def _bind(self, slot: int, layout: int, padded: int, rows: int) -> _Bound:
+        if len(self._bound) >= _BOUND_MAX:
+            self._bound.clear()
+        descriptor = self._arena.read_descriptor(slot)
+        assert descriptor.layout == layout, "doorbell and slot disagree on the layout"
+        if padded > rows:
+            self._pad(slot, descriptor, rows, padded)
+        if any(region.dtype == "string" for region in descriptor.inputs):
+            bound = _Bound(descriptor, None)
+        else:
+            arrays = self._inputs(slot, descriptor, rows, padded)
+            bound = _Bound(descriptor, self._model.bind(descriptor.signature, arrays))
+        self._bound[slot, layout, padded] = bound
+        return bound
+
+    def _inputs(self, slot: int, descriptor: BatchDescriptor, rows: int, padded: int) -> list[Array]:
+        """The slot's inputs: [padded, *row shape], or the whole shape if unbatched.
+
+        Numeric arrays are views of the slot; strings are read from its first `rows` rows and padded here.
+        """
+        memory = self._arena.slots[slot]
+        arrays: list[Array] = []
+        for region in descriptor.inputs:
+            if region.dtype == "string":
+                shape = (rows, *region.shape) if descriptor.batched else region.shape
+                strings = _read_strings(memory, region, shape)
+                if padded > rows:
+                    strings = np.concatenate([strings, np.repeat(strings[:1], padded - rows, axis=0)])
+                arrays.append(strings)
+            else:
+                shape = (padded, *region.shape) if descriptor.batched else region.shape
+                size = ITEM_BYTES[region.dtype] * row_items(shape)
+                view = memory[region.offset : region.offset + size]
+                arrays.append(view.view(numpy_dtype(region.dtype)).reshape(shape))
+        return arrays
+
+    def _pad(self, slot: int, descriptor: BatchDescriptor, rows: int, padded: int) -> None:
+        """Repeat the first row in the rows added: real values, so that no model trips over them."""
+        memory = self._arena.slots[slot]
+        for region in descriptor.inputs:
+            if region.dtype != "string" and region.row_bytes:
+                table = memory[region.offset : region.offset + padded * region.row_bytes]
+                by_row = table.reshape(padded, region.row_bytes)
+                by_row[rows:] = by_row[0]
+
+    def _write(self, slot: int, bound: _Bound, outputs: list[Array], rows: int) -> bytes:
+        """Copy the outputs behind the inputs; gives their encoded places."""
+        if len(outputs) == len(bound.targets):
+            for target, shape, output in zip(bound.targets, bound.shapes, outputs, strict=True):
+                if output.shape != shape or output.dtype != target.dtype:
+                    break
+                target[...] = output
+            else:
+                return bound.places
+        return self._place(slot, bound, outputs, rows)
+
+    def _place(self, slot: int, bound: _Bound, outputs: list[Array], rows: int) -> bytes:
+        """As `_write`, finding room for outputs not seen before and remembering it."""
+        memory = self._arena.slots[slot]
+        descriptor = bound.descriptor
+        signature = self._signatures[descriptor.signature]
+        at = descriptor.outputs_offset
+        places: list[OutputPlace] = []
+        targets: list[Array] = []
+        total = sum(_payload_bytes(output) for output in outputs)
+        for spec, output in zip(signature.outputs, outputs, strict=True):
+            name = dtype_name(output.dtype)
+            if name is None:
+                raise ModelError(f"output {spec.name!r} has dtype {output.dtype}, which has no wire form")
+            if descriptor.batched and (output.ndim == 0 or output.shape[0] != rows):
+                raise ModelError(
+                    f"output {spec.name!r} has shape {list(output.shape)} for a batch of {rows} rows; "
+                    f"wanted {rows} rows"
+                )
+            at = align(at)
+            size = _payload_bytes(output)
+            if at + size > len(memory):
+                raise TooLarge(
+                    f"outputs of {rows} rows take {total} bytes; the slot has "
+                    f"{max(len(memory) - descriptor.outputs_offset, 0)}: raise max_rows_bytes"
+                )
+            if name == "string":
+                payload = encode_strings([_as_bytes(item) for item in output.reshape(-1).tolist()])
+                memory[at : at + size] = np.frombuffer(payload, np.uint8)
+            else:
+                target = memory[at : at + size].view(output.dtype).reshape(output.shape)
+                target[...] = output
+                targets.append(target)
+            places.append(OutputPlace(name, output.shape, at, size))
+            at += size
+        encoded = encode_outputs(places)
+        if len(targets) == len(outputs):  # strings change size from run to run
+            bound.targets, bound.places = targets, encoded
+            bound.shapes = [target.shape for target in targets]
+        return encoded
+
+
+def _as_bytes(item: Any) -> bytes:
+    return item if isinstance(item, bytes) else str(item).encode()
+
+
+def _payload_bytes(output: Array) -> int:
+    if output.dtype != object:
+        return output.nbytes
+    return 8 * (output.size + 1) + sum(len(_as_bytes(item)) for item in output.reshape(-1).tolist())
+
+
+def _read_strings(memory: npt.NDArray[np.uint8], region: InputRegion, shape: tuple[int, ...]) -> Array:
+    items = row_items(shape)
+    ends = memory[region.offset : region.offset + 8 * (items + 1)].view("<u8").tolist()
+    heap = memory.data[region.heap_offset : region.heap_offset + region.heap_bytes]
+    strings = np.empty(items, object)
+    for i in range(items):
+        strings[i] = bytes(heap[ends[i] : ends[i + 1]])
+    return strings.reshape(shape)

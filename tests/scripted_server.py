@@ -1,0 +1,188 @@
+"""A ROUTER that answers as a test scripts it: what a pool server says on the wire, and what none should.
+
+For faults that a real server does not commit. The answers to well-formed questions follow docs/wire.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import zmq
+
+from pool import wire
+from pool.errors import ModelNotFound, PoolError
+from pool.signature import Signature, TensorSpec
+from pool.wire import Flag, Header, Kind, PredictMeta, ResultMeta, SignatureMeta, TensorMeta
+
+SIGNATURES = (
+    Signature(
+        "serving_default",
+        (TensorSpec("x", "float32", (None, 3)),),
+        (TensorSpec("y", "float32", (None, 3)),),
+    ),
+    Signature(
+        "pair",
+        (TensorSpec("a", "int64", (None,)), TensorSpec("b", "string", (None, 2))),
+        (TensorSpec("a", "int64", (None,)), TensorSpec("b", "string", (None, 2))),
+    ),
+    Signature(
+        "whole",
+        (TensorSpec("x", "float32", (2, 3)),),
+        (TensorSpec("x", "float32", (2, 3)),),
+        batched=False,
+        unbatched_reason="the first dimension is fixed",
+    ),
+    Signature(
+        "large", (TensorSpec("x", "uint8", (None, None)),), (TensorSpec("x", "uint8", (None, None)),)
+    ),
+)
+
+
+def signature_document(model: str = "m", signatures: Sequence[Signature] = SIGNATURES) -> dict[str, Any]:
+    """The INFO document of section 3.2."""
+    listed = [msgspec.to_builtins(each) for each in signatures]
+    return {"model": model, "version": 7, "signatures": listed, "max_rows": 64}
+
+
+def info(id_: int, document: dict[str, Any]) -> list[bytes]:
+    """An INFO reply."""
+    return [wire.encode_header(Header(Kind.INFO, id_, wire.encode_info(document)))]
+
+
+def result(header: Header, tensors: Sequence[bytes]) -> list[bytes]:
+    """A RESULT that gives a PREDICT's inputs back under the names of the signature's outputs."""
+    meta = wire.decode_meta(PredictMeta, header.meta)
+    signature = next(each for each in SIGNATURES if each.name == meta.signature)
+    outputs = tuple(
+        TensorMeta(spec.name, tensor.dtype, tensor.shape)
+        for spec, tensor in zip(signature.outputs, meta.inputs, strict=True)
+    )
+    reply = Header(
+        Kind.RESULT,
+        header.id,
+        wire.encode_meta(ResultMeta(7, outputs)),
+        rows=header.rows,
+        flags=0 if signature.batched else Flag.WHOLE,
+    )
+    return [wire.encode_header(reply), *tensors]
+
+
+Answer = Callable[[Header, list[bytes]], "list[list[bytes]] | None"]
+
+
+def answer_properly(header: Header, tensors: list[bytes]) -> list[list[bytes]]:
+    """What a server with the models `m` says; predictions give their inputs back."""
+    id_ = header.id
+    if header.kind is Kind.PREDICT:
+        return [result(header, tensors)]
+    if header.kind in (Kind.SIGNATURE, Kind.READY):
+        model = wire.decode_meta(SignatureMeta, header.meta).model
+        if model not in ("m", "") or (model == "" and header.kind is Kind.SIGNATURE):
+            return [[wire.encode_error(id_, ModelNotFound(f"no model {model!r}; wanted 'm'"))]]
+        if header.kind is Kind.SIGNATURE:
+            return [info(id_, signature_document())]
+        return [info(id_, {"ready": True, "models": {"m": True}})]
+    documents: dict[Kind, dict[str, Any]] = {
+        Kind.MODELS: {"models": {"m": {"version": 7, "ready": True, "signatures": ["serving_default"]}}},
+        Kind.STATUS: {"models": {}, "front": {"pid": 1}},
+        Kind.LIVE: {"live": True},
+    }
+    return [info(id_, documents[header.kind])]
+
+
+def on_predict(answer: Answer) -> Answer:
+    """A script for PREDICT only; questions are answered properly."""
+
+    def script(header: Header, tensors: list[bytes]) -> list[list[bytes]] | None:
+        return answer(header, tensors) if header.kind is Kind.PREDICT else answer_properly(header, tensors)
+
+    return script
+
+
+def refuse(error: PoolError) -> Answer:
+    """A script that answers every prediction with an error."""
+    return on_predict(lambda header, _: [[wire.encode_error(header.id, error)]])
+
+
+class ScriptedServer:
+    """A ROUTER in a thread of this process.
+
+    Attributes:
+        endpoint: Where it listens.
+        requests: Every header received.
+        predicted: Released once per PREDICT received.
+    """
+
+    def __init__(self, endpoint: str, answer: Answer = answer_properly) -> None:
+        self.endpoint = endpoint
+        self.answer = answer
+        self.requests: list[Header] = []
+        self.predicted = threading.Semaphore(0)
+        self.late = threading.Event()
+        self._context = zmq.Context()
+        self._router = self._context.socket(zmq.ROUTER)
+        self._router.linger = 0
+        self._router.bind(endpoint)
+        if endpoint.endswith(":*"):
+            self.endpoint = self._router.last_endpoint.decode()
+        self._stop_in, self._stop_out = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
+        self._stop_in.bind("inproc://stop")
+        self._stop_out.connect("inproc://stop")
+        self._thread = threading.Thread(target=self._run, name="scripted-server")
+        self._thread.start()
+
+    def _run(self) -> None:
+        peer = b""
+        while True:
+            ready = dict(zmq.zmq_poll([(self._router, zmq.POLLIN), (self._stop_in, zmq.POLLIN)], -1))
+            if self._stop_in in ready:
+                command = self._stop_in.recv_multipart()
+                if command[0] == b"stop":
+                    break
+                self._router.send_multipart([peer, *command[1:]])
+                continue
+            peer, first, *tensors = self._router.recv_multipart()
+            header = wire.decode_header(first)
+            self.requests.append(header)
+            for message in self.answer(header, tensors) or ():
+                self._router.send_multipart([peer, *message])
+            if header.kind is Kind.PREDICT:
+                self.predicted.release()
+        self._router.close()
+
+    def say(self, message: list[bytes]) -> None:
+        """Send a message to the last peer heard, asked or not."""
+        self._stop_out.send_multipart([b"say", *message])
+
+    def kinds(self) -> list[Kind]:
+        """The kinds of the requests received."""
+        return [header.kind for header in self.requests]
+
+    def stop(self) -> None:
+        """Close the socket: to the clients, the server is gone."""
+        if self._thread.is_alive():
+            self._stop_out.send(b"stop")
+            self._thread.join()
+            self._stop_out.close()
+            self._stop_in.close()
+            self._context.term()
+
+
+@contextlib.contextmanager
+def scripted_server(endpoint: str, answer: Answer = answer_properly) -> Iterator[ScriptedServer]:
+    """A scripted server for the length of a block."""
+    server = ScriptedServer(endpoint, answer)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def rows(n: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """A legal input of the default signature: float32 [n, 3]."""
+    return np.arange(3 * n, dtype=np.float32).reshape(n, 3)

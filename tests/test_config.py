@@ -1,0 +1,395 @@
+"""The rules of the configuration file, and the reference file against the structs."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pool.config import (
+    Config,
+    Device,
+    ModelConfig,
+    ServerConfig,
+    decode_config,
+    load_config,
+    placement,
+    tomllib,
+)
+from pool.errors import ConfigError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def decode(text: str) -> Config:
+    return decode_config(tomllib.loads(text), "f.toml")
+
+
+def mistakes(text: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        decode(text)
+    return caught.value.message.splitlines()
+
+
+def model_mistake(line: str) -> str:
+    """The one mistake of a model with this extra line, without `file: models.m.`."""
+    (found,) = mistakes(f'[models.m]\npath = "p"\n{line}\n')
+    assert found.startswith("f.toml: models.m."), found
+    return found.removeprefix("f.toml: models.m.")
+
+
+# -- what is accepted ------------------------------------------------------------------------------
+
+
+def test_path_alone_is_enough() -> None:
+    config = decode('[models.m]\npath = "somewhere"\n')
+    assert config.server == ServerConfig()
+    assert config.models == {"m": ModelConfig(path="somewhere")}
+
+
+def test_every_key_is_taken() -> None:
+    config = decode(
+        """
+        [server]
+        endpoints = ["ipc:///run/pool.sock", "tcp://127.0.0.1:5555"]
+        ipc_mode = "600"
+        max_message_bytes = 1_000_000
+        start_timeout_s = 10
+        drain_timeout_s = 0
+        log_level = "debug"
+        [models."a.b-c_1"]
+        path = "p"
+        backend = "tensorflow"
+        version = 7
+        workers = 3
+        devices = ["cpu:0", "cpu:1-3", "gpu:0"]
+        max_batch_size = 32
+        max_queue_delay_ms = 2
+        allowed_batch_sizes = [1, 8, 32]
+        slots = 9
+        max_rows_bytes = 4096
+        share_weights = false
+        threads = 2
+        gpu_memory_mb = 512
+        warm_up = false
+        timeout_ms = 250.5
+        """
+    )
+    assert config.server.ipc_permissions == 0o600
+    assert config.server.start_timeout_s == 10.0
+    model = config.models["a.b-c_1"]
+    assert model == ModelConfig(
+        path="p",
+        version=7,
+        workers=3,
+        devices=("cpu:0", "cpu:1-3", "gpu:0"),
+        max_batch_size=32,
+        max_queue_delay_ms=2.0,
+        allowed_batch_sizes=(1, 8, 32),
+        slots=9,
+        max_rows_bytes=4096,
+        share_weights=False,
+        threads=2,
+        gpu_memory_mb=512,
+        warm_up=False,
+        timeout_ms=250.5,
+    )
+
+
+# -- what is refused: key, rule and value ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "want"),
+    [
+        ("max_batchsize = 8", "max_batchsize: unknown key; the nearest valid key is max_batch_size, got 8"),
+        ("zzz = 1", "zzz: unknown key; the nearest valid key is "),
+        ('endpoints = ["x"]', 'endpoints: unknown key here; endpoints belongs in [server], got ["x"]'),
+        ("workers = 0", "workers: must be an integer from 1 to 1024, got 0"),
+        ("workers = true", "workers: must be an integer from 1 to 1024, got true"),
+        ("workers = 1.5", "workers: must be an integer from 1 to 1024, got 1.5"),
+        ('workers = "2"', 'workers: must be an integer from 1 to 1024, got "2"'),
+        ("version = -1", "version: must be an integer from 0 to 9223372036854775807, got -1"),
+        ("warm_up = 1", "warm_up: must be true or false, got 1"),
+        ('backend = "torch"', 'backend: must be one of "tensorflow", got "torch"'),
+        ("timeout_ms = 0", "timeout_ms: must be a number from 1 to 4294967295, got 0"),
+        ("max_queue_delay_ms = nan", "max_queue_delay_ms: must be a number from 0 to 3600000, got NaN"),
+        ("max_queue_delay_ms = inf", "max_queue_delay_ms: must be a number from 0 to 3600000, got Infinity"),
+        ("max_queue_delay_ms = 2020-01-01", 'got "2020-01-01"'),
+        ('devices = "cpu:0"', 'devices: must be a list, each item a string, got "cpu:0"'),
+        ("devices = [0]", "devices: must be a list, each item a string, got [0]"),
+        (
+            'devices = ["cpu:0", "cpu:1"]',
+            'devices: must have at most one item a worker (workers is 1), got ["cpu:0", "cpu:1"]',
+        ),
+        ('devices = ["cpu"]', 'devices[0]: must read "cpu:0", "cpu:1-3", "cpu:0,2" or "gpu:0", got "cpu"'),
+        ('devices = ["gpu:0-1"]', 'devices[0]: must read "cpu:0"'),
+        ('devices = ["cpu:3-1"]', 'devices[0]: must have ranges that rise, not 3-1, got "cpu:3-1"'),
+        ('devices = ["cpu:0,0-1"]', 'devices[0]: must not name a core twice, got "cpu:0,0-1"'),
+        ('devices = ["cpu:0-9999"]', 'devices[0]: must name cores up to 4095, got "cpu:0-9999"'),
+        (
+            "allowed_batch_sizes = [1, 8, 8, 64]",
+            "allowed_batch_sizes: must rise from one to the next, got [1, 8, 8, 64]",
+        ),
+        (
+            "allowed_batch_sizes = [1, 8]",
+            "allowed_batch_sizes: must end with max_batch_size (64), got [1, 8]",
+        ),
+        ("allowed_batch_sizes = [0]", "allowed_batch_sizes: must be a list, each item an integer from 1 to"),
+        ("workers = 4\nslots = 3", "slots: must be at least workers (4), got 3"),
+        ("gpu_memory_mb = 100", 'gpu_memory_mb: needs a "gpu:N" in devices, got 100'),
+        ('gpu_memory_mb = 100\ndevices = ["cpu:0"]', 'gpu_memory_mb: needs a "gpu:N" in devices, got 100'),
+    ],
+)
+def test_model_mistakes(line: str, want: str) -> None:
+    assert want in model_mistake(line)
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("", "f.toml: models: must hold at least one [models.NAME] table, got nothing"),
+        ("[models]\n", "f.toml: models: must hold at least one [models.NAME] table, got nothing"),
+        ("models = 3\n", "f.toml: models: must be a table, got 3"),
+        ("[models]\nm = 3\n", "f.toml: models.m: must be a table, got 3"),
+        ("[models.m]\n", "f.toml: models.m.path: must be given, got nothing"),
+        ('[models.m]\npath = ""\n', 'f.toml: models.m.path: must be a string that is not empty, got ""'),
+        (
+            '[models."a b"]\npath = "p"\n',
+            "f.toml: models.\"a b\": must be a name of letters, digits, '_', '.' and '-', got \"a b\"",
+        ),
+    ],
+)
+def test_document_mistakes(text: str, want: str) -> None:
+    assert mistakes(text) == [want]
+
+
+@pytest.mark.parametrize(
+    ("line", "want"),
+    [
+        ('ipc_mode = "rw"', 'server.ipc_mode: must be three octal digits such as "0660", got "rw"'),
+        ("ipc_mode = 660", 'server.ipc_mode: must be three octal digits such as "0660", got 660'),
+        ("max_message_bytes = 1", "server.max_message_bytes: must be an integer from 65536 to 1099511627776"),
+        ('log_level = "loud"', 'server.log_level: must be one of "debug", "error", "info", "warning", got'),
+        ('endpoints = ["http://x"]', "server.endpoints[0]: must be an endpoint ("),
+        ('endpoints = ["ipc:///a", "ipc:///a"]', "server.endpoints[1]: must not be given twice"),
+        ("workers = 2", "server.workers: unknown key here; workers belongs in [models.NAME], got 2"),
+    ],
+)
+def test_server_mistakes(line: str, want: str) -> None:
+    (found,) = mistakes(f'[server]\n{line}\n[models.m]\npath = "p"\n')
+    assert want in found
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    found = mistakes(
+        "servr = 1\n[server]\nlog_level = 2\n[models.a]\nworkers = 0\nslot = 1\n[models.b]\npath = 1\n"
+    )
+    assert [line.split(": ")[1] for line in found] == [
+        "servr",
+        "server.log_level",
+        "models.a.workers",
+        "models.a.slot",
+        "models.a.path",
+        "models.b.path",
+    ]
+    assert "nearest valid key is server" in found[0]
+    assert "nearest valid key is slots" in found[3]
+
+
+def test_long_values_are_cut() -> None:
+    assert len(model_mistake(f'backend = "{"x" * 500}"')) < 200
+
+
+def told(document: dict[str, Any]) -> list[str]:
+    """The lines of the error, if there is one."""
+    try:
+        decode_config(document, "f")
+    except ConfigError as e:
+        return e.message.splitlines()
+    return []
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates(),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(
+                    [*ModelConfig.__struct_fields__, *ServerConfig.__struct_fields__, "server", "models"]
+                ),
+                inner,
+                max_size=5,
+            )
+        ),
+        max_leaves=12,
+    )
+)
+def test_any_document_gives_a_config_or_a_config_error(tree: Any) -> None:
+    for document in (tree, {"models": tree}, {"models": {"m": tree}}, {"server": tree}):
+        if not isinstance(document, dict):
+            continue
+        assert all(re.match(r"f: .+: .+, got ", line) for line in told(document))
+
+
+# -- the file --------------------------------------------------------------------------------------
+
+
+def write(folder: Path, text: str | bytes) -> Path:
+    file = folder / "pool.toml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return file
+
+
+def file_mistakes(file: Path) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    lines = caught.value.message.splitlines()
+    assert all(line.startswith(f"{file}: ") for line in lines)
+    return [line.removeprefix(f"{file}: ") for line in lines]
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    file = write(tmp_path, '[models.m]\npath = "m"\n')
+    assert load_config(file).models["m"].path == str(tmp_path / "m")
+    relative = os.path.relpath(file)
+    assert load_config(relative).models["m"].path == str(tmp_path / "m")
+
+
+def test_a_path_that_is_not_there(tmp_path: Path) -> None:
+    file = write(tmp_path, '[models.m]\npath = "m"\n')
+    assert file_mistakes(file) == [f'models.m.path: must exist, got "{tmp_path / "m"}"']
+
+
+def test_cores_that_are_not_there(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    file = write(tmp_path, '[models.m]\npath = "m"\ndevices = ["cpu:4090,4094-4095"]\n')
+    (found,) = file_mistakes(file)
+    cores = os.sched_getaffinity(0)
+    assert found.startswith("models.m.devices[0]: must name cores of this machine (")
+    assert found.endswith('), not 4090,4094-4095, got "cpu:4090,4094-4095"')
+    assert str(min(cores)) in found
+
+
+def test_cores_that_are_there(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    core = min(os.sched_getaffinity(0))
+    file = write(tmp_path, f'[models.m]\npath = "m"\ndevices = ["cpu:{core}"]\n')
+    assert placement(load_config(file).models["m"], 0, 1) == Device((core,), 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("[models.m]\npath = = 3\n", r'line 2: must be TOML \(.+ at column 8\), got "path = = 3"'),
+        ("[models.m", r'line 1: must be TOML \(.+\), got "\[models.m"'),
+        ("a = '''x\ny", r"line 2: must be TOML \(.+\), got \"y\""),
+        ("a = 1\na = 2\n", r"line 2: must be TOML \(.+\), got \"a = 2\""),
+        (b"a = 1\nb = '\xff'\n", r"line 2: must be UTF-8, got byte 0xff"),
+    ],
+)
+def test_files_that_are_not_toml(tmp_path: Path, text: str | bytes, want: str) -> None:
+    (found,) = file_mistakes(write(tmp_path, text))
+    assert re.fullmatch(want, found), found
+
+
+def test_no_file(tmp_path: Path) -> None:
+    assert file_mistakes(tmp_path / "absent.toml") == [
+        "file: must be readable, got No such file or directory"
+    ]
+    assert file_mistakes(tmp_path) == ["file: must be readable, got Is a directory"]
+
+
+# -- placement -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "worker", "cores", "want"),
+    [
+        (ModelConfig(path="p"), 0, 8, Device((), 8)),
+        (ModelConfig(path="p", workers=3), 2, 8, Device((), 2)),
+        (ModelConfig(path="p", workers=4), 0, 2, Device((), 1)),
+        (ModelConfig(path="p", workers=4, threads=3), 0, 2, Device((), 3)),
+        (ModelConfig(path="p", workers=3, devices=("cpu:0", "cpu:1-3")), 0, 8, Device((0,), 1)),
+        (ModelConfig(path="p", workers=3, devices=("cpu:0", "cpu:1-3")), 1, 8, Device((1, 2, 3), 3)),
+        (ModelConfig(path="p", workers=3, devices=("cpu:0", "cpu:3,1")), 2, 8, Device((0,), 1)),
+        (ModelConfig(path="p", devices=("cpu:3,1",), threads=1), 0, 8, Device((1, 3), 1)),
+        (ModelConfig(path="p", devices=("gpu:1",), gpu_memory_mb=9), 0, 8, Device((), 8, 1, 9)),
+        (
+            ModelConfig(path="p", workers=2, devices=("cpu:0", "gpu:1"), gpu_memory_mb=9),
+            0,
+            8,
+            Device((0,), 1),
+        ),
+    ],
+)
+def test_placement(model: ModelConfig, worker: int, cores: int, want: Device) -> None:
+    assert placement(model, worker, cores) == want
+
+
+# -- the files that ship ---------------------------------------------------------------------------
+
+
+def reference_keys() -> dict[str, dict[str, Any]]:
+    """Every key of reference.toml by table; those commented out hold the text after `=`."""
+    text = (CONFIGS / "reference.toml").read_text()
+    found: dict[str, dict[str, Any]] = {}
+    table = ""
+    for line in text.splitlines():
+        if line.startswith("["):
+            table = line.strip("[]")
+            found[table] = {}
+        elif match := re.fullmatch(r"(# )?([a-z_]+) = (.+)", line):
+            value = tomllib.loads(f"x = {match[3]}")["x"]
+            found[table][match[2]] = ("commented", match[3]) if match[1] else value
+    return found
+
+
+@pytest.mark.parametrize(("table", "struct"), [("server", ServerConfig), ("models.example", ModelConfig)])
+def test_reference_has_each_key_with_its_default(table: str, struct: type[msgspec.Struct]) -> None:
+    keys = reference_keys()[table]
+    kind = msgspec.inspect.type_info(struct)
+    assert isinstance(kind, msgspec.inspect.StructType)
+    assert list(keys) == [field.name for field in kind.fields]
+    for field in kind.fields:
+        value = keys[field.name]
+        if field.default is None:  # TOML has no none: the line is commented out, and its example is valid
+            state, example = value
+            assert state == "commented"
+            extra = '\ndevices = ["gpu:0"]' if field.name == "gpu_memory_mb" else ""
+            decode(f'[models.m]\npath = "p"\n{field.name} = {example}{extra}\n')
+        elif not field.required:
+            default = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
+            assert (tuple(value) if isinstance(value, list) else value) == default, field.name
+
+
+def test_reference_tells_each_key() -> None:
+    """Above each key stands a comment that tells its default, too."""
+    lines = (CONFIGS / "reference.toml").read_text().splitlines()
+    for i, line in enumerate(lines):
+        if re.match(r"(# )?[a-z_]+ = ", line):
+            start = i
+            while lines[start - 1].startswith("#"):
+                start -= 1
+            comment = " ".join(lines[start:i])
+            assert len(comment) > 60, line
+            assert "efault" in comment, line
+
+
+def test_reference_is_a_valid_configuration() -> None:
+    config = decode((CONFIGS / "reference.toml").read_text())
+    assert config.server == ServerConfig()
+    assert config.models == {"example": ModelConfig(path="models/example")}
+
+
+def test_demo_is_a_valid_configuration() -> None:
+    config = decode((CONFIGS / "demo.toml").read_text())
+    assert config.models["digits"].workers == 2
