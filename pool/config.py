@@ -112,8 +112,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     models: dict[str, ModelConfig]
 
 
-class Device(msgspec.Struct, frozen=True):
-    """Where one worker runs; what `pool.backends.Placement` is made of.
+class Placement(msgspec.Struct, frozen=True):
+    """Where one worker runs.
 
     Attributes:
         cores: CPU cores the process is pinned to; empty for no pinning.
@@ -128,7 +128,7 @@ class Device(msgspec.Struct, frozen=True):
     gpu_memory_mb: int | None = None
 
 
-def placement(model: ModelConfig, worker_index: int, core_count: int) -> Device:
+def placement(model: ModelConfig, worker_index: int, core_count: int) -> Placement:
     """The device of a model's worker.
 
     Args:
@@ -141,7 +141,7 @@ def placement(model: ModelConfig, worker_index: int, core_count: int) -> Device:
     if model.devices:
         cores, gpu = _parse_device(model.devices[worker_index % len(model.devices)])
     threads = model.threads or len(cores) or max(1, core_count // model.workers)
-    return Device(cores, threads, gpu, model.gpu_memory_mb if gpu is not None else None)
+    return Placement(cores, threads, gpu, model.gpu_memory_mb if gpu is not None else None)
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
@@ -168,7 +168,7 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     config = decode_config(document, file)
     folder = Path(file).resolve().parent
     models = {
-        name: msgspec.structs.replace(model, path=str(folder / Path(model.path).expanduser()))
+        name: msgspec.structs.replace(model, path=str((folder / Path(model.path).expanduser()).resolve()))
         for name, model in config.models.items()
     }
     config = msgspec.structs.replace(config, models=models)

@@ -147,7 +147,10 @@ def build_scalars(directory: str) -> None:
     import tensorflow as tf
 
     @tf.function(
-        input_signature=[tf.TensorSpec([None], tf.int32, name="x"), tf.TensorSpec([None], tf.float32, name="y")]
+        input_signature=[
+            tf.TensorSpec([None], tf.int32, name="x"),
+            tf.TensorSpec([None], tf.float32, name="y"),
+        ]
     )
     def add(x: Any, y: Any) -> Any:
         return {"sum": tf.cast(x, tf.float32) + y}
@@ -360,7 +363,9 @@ def build_random(directory: str) -> None:
         @tf.function(input_signature=[tf.TensorSpec([None, 3], tf.float32)])
         def sample(self, x: Any) -> Any:
             # Seeds of 0 mean a seed of its own for each load.
-            return {"y": tf.raw_ops.RandomUniform(shape=tf.shape(x), dtype=tf.float32, seed=0, seed2=0) + self.w}
+            return {
+                "y": tf.raw_ops.RandomUniform(shape=tf.shape(x), dtype=tf.float32, seed=0, seed2=0) + self.w
+            }
 
     module = Random()
     tf.saved_model.save(module, directory, signatures=module.sample)

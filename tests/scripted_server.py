@@ -37,9 +37,7 @@ SIGNATURES = (
         batched=False,
         unbatched_reason="the first dimension is fixed",
     ),
-    Signature(
-        "large", (TensorSpec("x", "uint8", (None, None)),), (TensorSpec("x", "uint8", (None, None)),)
-    ),
+    Signature("large", (TensorSpec("x", "uint8", (None, None)),), (TensorSpec("x", "uint8", (None, None)),)),
 )
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pool.config import (
     Config,
-    Device,
+    Placement,
     ModelConfig,
     ServerConfig,
     decode_config,
@@ -259,9 +259,9 @@ def file_mistakes(file: Path) -> list[str]:
 def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     file = write(tmp_path, '[models.m]\npath = "m"\n')
-    assert load_config(file).models["m"].path == str(tmp_path / "m")
+    assert load_config(file).models["m"].path == str((tmp_path / "m").resolve())
     relative = os.path.relpath(file)
-    assert load_config(relative).models["m"].path == str(tmp_path / "m")
+    assert load_config(relative).models["m"].path == str((tmp_path / "m").resolve())
 
 
 def test_a_path_that_is_not_there(tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_cores_that_are_there(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     core = min(os.sched_getaffinity(0))
     file = write(tmp_path, f'[models.m]\npath = "m"\ndevices = ["cpu:{core}"]\n')
-    assert placement(load_config(file).models["m"], 0, 1) == Device((core,), 1)
+    assert placement(load_config(file).models["m"], 0, 1) == Placement((core,), 1)
 
 
 @pytest.mark.parametrize(
@@ -314,24 +314,24 @@ def test_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "worker", "cores", "want"),
     [
-        (ModelConfig(path="p"), 0, 8, Device((), 8)),
-        (ModelConfig(path="p", workers=3), 2, 8, Device((), 2)),
-        (ModelConfig(path="p", workers=4), 0, 2, Device((), 1)),
-        (ModelConfig(path="p", workers=4, threads=3), 0, 2, Device((), 3)),
-        (ModelConfig(path="p", workers=3, devices=("cpu:0", "cpu:1-3")), 0, 8, Device((0,), 1)),
-        (ModelConfig(path="p", workers=3, devices=("cpu:0", "cpu:1-3")), 1, 8, Device((1, 2, 3), 3)),
-        (ModelConfig(path="p", workers=3, devices=("cpu:0", "cpu:3,1")), 2, 8, Device((0,), 1)),
-        (ModelConfig(path="p", devices=("cpu:3,1",), threads=1), 0, 8, Device((1, 3), 1)),
-        (ModelConfig(path="p", devices=("gpu:1",), gpu_memory_mb=9), 0, 8, Device((), 8, 1, 9)),
+        (ModelConfig(path="p"), 0, 8, Placement((), 8)),
+        (ModelConfig(path="p", workers=3), 2, 8, Placement((), 2)),
+        (ModelConfig(path="p", workers=4), 0, 2, Placement((), 1)),
+        (ModelConfig(path="p", workers=4, threads=3), 0, 2, Placement((), 3)),
+        (ModelConfig(path="p", workers=3, devices=("cpu:0", "cpu:1-3")), 0, 8, Placement((0,), 1)),
+        (ModelConfig(path="p", workers=3, devices=("cpu:0", "cpu:1-3")), 1, 8, Placement((1, 2, 3), 3)),
+        (ModelConfig(path="p", workers=3, devices=("cpu:0", "cpu:3,1")), 2, 8, Placement((0,), 1)),
+        (ModelConfig(path="p", devices=("cpu:3,1",), threads=1), 0, 8, Placement((1, 3), 1)),
+        (ModelConfig(path="p", devices=("gpu:1",), gpu_memory_mb=9), 0, 8, Placement((), 8, 1, 9)),
         (
             ModelConfig(path="p", workers=2, devices=("cpu:0", "gpu:1"), gpu_memory_mb=9),
             0,
             8,
-            Device((0,), 1),
+            Placement((0,), 1),
         ),
     ],
 )
-def test_placement(model: ModelConfig, worker: int, cores: int, want: Device) -> None:
+def test_placement(model: ModelConfig, worker: int, cores: int, want: Placement) -> None:
     assert placement(model, worker, cores) == want
 
 

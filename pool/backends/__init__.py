@@ -11,9 +11,9 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
-import msgspec
 import numpy.typing as npt
 
+from pool.config import Placement
 from pool.errors import ConfigError
 from pool.signature import Signature
 
@@ -22,31 +22,6 @@ Array = npt.NDArray[Any]
 # Runs the model once on the arrays it was bound to and gives the outputs in the signature's order.
 # The arrays returned may alias the framework's memory: they are valid until the next call.
 BoundCall = Callable[[], list[Array]]
-
-
-class Placement(msgspec.Struct, frozen=True):
-    """Where a worker runs.
-
-    Attributes:
-        cores: CPU cores the process is pinned to; empty for no pinning.
-        threads: Threads for one operation (intra-op).
-        gpu: Index of the one GPU the process may see, or None for none.
-        gpu_memory_mb: Hard limit on that GPU's memory in MiB, or None for growth on demand.
-    """
-
-    cores: tuple[int, ...] = ()
-    threads: int = 1
-    gpu: int | None = None
-    gpu_memory_mb: int | None = None
-
-
-class Weight(msgspec.Struct, frozen=True):
-    """One tensor of the weights memfd: its place there and how to read it."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset_bytes: int
 
 
 class Model(Protocol):

@@ -8,8 +8,8 @@ from pool.client.sync import Client
 from pool.endpoints import check_endpoint, default_endpoint
 from pool.errors import ConfigError
 
-# Seconds that a command waits for a server that may not be there, unless told otherwise.
-ANSWER_TIMEOUT_S = 10.0
+ANSWER_TIMEOUT_S = 10.0  # unless told otherwise
+CONNECT_TIMEOUT_S = 3.0  # a server that is there is met within milliseconds
 
 
 def add_endpoint(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,10 @@ def add_endpoint(parser: argparse.ArgumentParser) -> None:
 
 def connect(args: argparse.Namespace) -> Client:
     """A client for the endpoint that was given, with that timeout."""
-    return Client(args.endpoint or default_endpoint(), timeout=args.timeout)
+    timeout: float = args.timeout
+    return Client(
+        args.endpoint or default_endpoint(), timeout=timeout, connect_timeout=min(timeout, CONNECT_TIMEOUT_S)
+    )
 
 
 def seconds(text: str) -> float:

@@ -370,6 +370,6 @@ def histogram(sizes: dict[int, int]) -> list[tuple[int, int, int]]:
     ranges: dict[tuple[int, int], int] = {}
     for rows in sorted(sizes):
         low = 1 << (rows.bit_length() - 1) if rows else 0
-        key = (low, max(2 * low - 1, 0))
+        key = (low, min(max(2 * low - 1, 0), max(sizes)))
         ranges[key] = ranges.get(key, 0) + sizes[rows]
     return [(low, high, count) for (low, high), count in ranges.items()]

@@ -7,8 +7,8 @@ waits for another line. Then it runs, printing `{"done": n}` now and then, and e
 `Result` followed by its latencies: float64 seconds, one per answered request, in native order. A failure
 before that is the line `{"code": ..., "message": ...}`.
 
-The work per request is a client's own: the input is checked and encoded, the answer decoded, by the
-same core as `pool.Client`.
+The work per request is a client's own, done by the same core as `pool.Client`: a header is made, the answer
+decoded into arrays. Only the inputs are checked and encoded once, beforehand: they repeat.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ Inputs = dict[str, npt.NDArray[Any]]
 
 VARIANTS = 16  # different inputs a client makes up, sent in turn
 FILE_VARIANTS = 256  # different inputs it cuts from a file at most
+ID_START, ID_END = 8, 16  # of a request's id in the header (`docs/wire.md` 2)
 BURST = 64  # sent, or taken, before looking at the other side
 TELL_S = 0.1  # between two lines about the progress
 
@@ -147,7 +148,8 @@ class LoadClient:
         self._descriptors = [
             int(socket.get(zmq.FD)) for socket in (self._connection.socket, self._connection.monitor)
         ]
-        self._inputs: list[Inputs] = []
+        # Of each input: its message before and after the request's id, and its tensors.
+        self._messages: list[tuple[bytes, bytes, list[Frame]]] = []
         self._latencies_s: list[float] = []
         self._errors: dict[str, int] = {}
         self._done = 0
@@ -170,20 +172,19 @@ class LoadClient:
             self._connection.socket.poll(100, zmq.POLLOUT)
         reply = self._call(self._core.signature_request(task.model))
         signature = self._core.learn(task.model, None, reply.take_document()).signature()
-        self._inputs = make_inputs(task, signature)
-        for inputs in self._inputs[:VARIANTS]:
-            self._call(self._request(inputs)).take_outputs()
+        for inputs in make_inputs(task, signature):
+            request = self._core.request(task.model, inputs)
+            assert request is not None, "the signature was learnt"
+            if len(self._messages) < VARIANTS:
+                self._call(request).take_outputs()
+            header, *tensors = request[1]
+            self._messages.append((header[:ID_START], header[ID_END:], tensors))
 
     def _call(self, request: Request) -> Reply:
         self._connection.send(request[1])
         if not self._connection.socket.poll(int(self._task.timeout_s * 1000)):
             raise DeadlineExceeded(f"no answer from {self._task.endpoint} within {self._task.timeout_s:g} s")
         return self._core.receive(self._connection.receive())
-
-    def _request(self, inputs: Inputs) -> tuple[int, list[Frame]]:
-        request = self._core.request(self._task.model, inputs)
-        assert request is not None, "the signature was learnt"
-        return request
 
     # -- during ------------------------------------------------------------------------------------
 
@@ -224,9 +225,9 @@ class LoadClient:
         if task.rate is not None:
             due_s = (started_s + instants(task.rate, total, task.seed)).tolist()
         begun_s: list[float] = [] if due_s is None else due_s  # what latencies are counted from
-        inputs, variants = self._inputs, len(self._inputs)
-        request, send, clock = self._request, self._connection.send, time.monotonic
-        sent = base = 0
+        messages, variants = self._messages, len(self._messages)
+        send, clock = self._connection.send, time.monotonic
+        sent = 0
         heard_s = started_s
         while self._done < total:
             now = clock()
@@ -234,11 +235,10 @@ class LoadClient:
             while sent < stop and (due_s is None or due_s[sent] <= now):
                 if due_s is None:
                     begun_s.append(clock())
-                id_, frames = request(inputs[sent % variants])
-                send(frames)
-                base = base or id_
+                head, rest, tensors = messages[sent % variants]
+                send([head + sent.to_bytes(8, "little") + rest, *tensors])
                 sent += 1
-            if self._take(begun_s, base):
+            if self._take(begun_s):
                 heard_s = clock()
                 continue
             # The socket's descriptor tells only news: here it was read empty after the last send.
@@ -253,8 +253,8 @@ class LoadClient:
                 heard_s = clock()
         return DeadlineExceeded.code
 
-    def _take(self, begun_s: list[float], base: int) -> int:
-        """Take answers that have come, `BURST` at most; the number taken."""
+    def _take(self, begun_s: list[float]) -> int:
+        """Take answers that have come, `BURST` at most; the number taken. A request's id is its place."""
         receive, decode, clock = self._connection.receive, self._core.receive, time.monotonic
         latencies_s = self._latencies_s
         count = 0
@@ -263,7 +263,7 @@ class LoadClient:
                 reply = decode(receive())
                 count += 1
                 if reply.outputs is not None:
-                    latencies_s.append(clock() - begun_s[reply.id - base])
+                    latencies_s.append(clock() - begun_s[reply.id])
                 else:
                     assert reply.error is not None
                     code = reply.error.code

@@ -58,8 +58,8 @@ RETRY_AFTER_MS = 10
 class Sink(Protocol):
     """Where answers go: an endpoint, or an application that embeds the engine."""
 
-    def send_result(self, ticket: Ticket, reply: Reply, slot: Slot) -> None:
-        """Send the rows `ticket.start … + ticket.rows` of `slot`, cut as `reply` says."""
+    def send_results(self, tickets: Sequence[Ticket], reply: Reply, slot: Slot) -> None:
+        """Send each ticket its rows, `start` to `start + rows` of `slot`, cut as `reply` says."""
 
     def send_frames(self, ticket: Ticket, reply: Reply, frames: list[bytes]) -> None:
         """Send a result that is in no slot any more (joined from several)."""
@@ -121,14 +121,15 @@ class Reply:
     """How to cut the replies for one choice of outputs out of a finished slot.
 
     Attributes:
-        meta: Msgpack part of the reply header.
-        flags: Of the reply header.
+        head: First eight bytes of the reply header.
+        meta: Its msgpack part.
+        flags: Its flags.
         row_shapes: Of the outputs, without the row axis.
         numeric: (offset, row bytes) of each output; None if one of them holds strings.
         row_bytes: Of all outputs together; 0 if one of them holds strings.
     """
 
-    __slots__ = ("_batched", "_places", "flags", "meta", "numeric", "row_bytes", "row_shapes")
+    __slots__ = ("_batched", "_places", "flags", "head", "meta", "numeric", "row_bytes", "row_shapes")
 
     def __init__(
         self, version: int, signature: Signature, places: list[OutputPlace], outputs: tuple[int, ...]
@@ -137,6 +138,7 @@ class Reply:
         self._places = [places[i] for i in outputs]
         self.row_shapes = [place.shape[1:] if self._batched else place.shape for place in self._places]
         self.flags = 0 if self._batched else int(wire.Flag.WHOLE)
+        self.head = wire.head(wire.Kind.RESULT, self.flags)
         self.meta = wire.encode_meta(
             wire.ResultMeta(
                 version,
@@ -167,11 +169,11 @@ class Reply:
         items = row_items(shape)
         if place.dtype != "string":
             size = ITEM_BYTES[place.dtype] * items
-            mine: memoryview = whole[start * size : (start + rows) * size]
-            return mine
+            return whole[start * size : (start + rows) * size]
         offsets, heap = wire.split_strings(whole, row_items(place.shape))
         ends = offsets[start * items : (start + rows) * items + 1]
-        return (ends - ends[0]).tobytes() + bytes(heap[int(ends[0]) : int(ends[-1])])
+        rebased: bytes = (ends - ends[0]).tobytes()
+        return rebased + bytes(heap[int(ends[0]) : int(ends[-1])])
 
     def join(self, parts: list[tuple[int, list[bytes]]]) -> list[bytes]:
         """The tensor frames of a request whose rows ran in several batches.
@@ -211,8 +213,12 @@ class Join:
         self._results: dict[int, tuple[int, list[bytes]]] = {}
         self._row_shapes: list[tuple[int, ...]] | None = None
 
-    def send_result(self, ticket: Ticket, reply: Reply, slot: Slot) -> None:
-        """One part is done: copy its rows out of the slot; answer when it was the last."""
+    def send_results(self, tickets: Sequence[Ticket], reply: Reply, slot: Slot) -> None:
+        """Parts are done: copy their rows out of the slot; answer when they were the last."""
+        for ticket in tickets:
+            self._send_part(ticket, reply, slot)
+
+    def _send_part(self, ticket: Ticket, reply: Reply, slot: Slot) -> None:
         memory = ticket.route.generation.views[slot.index]
         frames = [bytes(payload) for payload in reply.payloads(memory, ticket.start, ticket.rows)]
         if self._row_shapes not in (None, reply.row_shapes):

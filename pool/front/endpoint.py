@@ -16,6 +16,7 @@ import logging
 import os
 import socket
 import stat
+import struct
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -55,6 +56,7 @@ _ROUTES_MAX = 4096
 _NOBLOCK = int(zmq.NOBLOCK)
 _MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 _PREDICT = wire.prefix(Kind.PREDICT)
+_ID_MILLIS_ROWS = struct.Struct("<QII")  # the part of a reply's header that differs from one to the next
 
 
 class Endpoint:
@@ -139,6 +141,7 @@ class Endpoint:
         more, noblock, unpack, fixed = zmq.RCVMORE, _NOBLOCK, FIXED.unpack_from, FIXED_BYTES
         routes, monotonic = self._routes, time.monotonic
         touched: Generation | None = None
+        admitted = 0
         now = monotonic()
         for _ in range(_DRAIN_MAX):
             try:
@@ -186,7 +189,7 @@ class Endpoint:
                 batcher.abandon(slot)
                 self._refuse(client, id_, fault)
                 continue
-            self.requests += 1
+            admitted += 1
             deadline = now + timeout_ms * 1e-3 if timeout_ms else inf
             batcher.commit(slot, Ticket(self, client, id_, route, rows, deadline, now), now)
             if slot.rows == slot.capacity:  # a full batch need not wait for the end of the drain
@@ -195,6 +198,7 @@ class Endpoint:
         else:
             self._again()
         if touched is not None:
+            self.requests += admitted
             self._engine.flush(touched, now)
 
     def _skip_frames(self) -> None:
@@ -295,32 +299,34 @@ class Endpoint:
 
     # -- out (Sink) ---------------------------------------------------------------------------------
 
-    def send_result(self, ticket: Ticket, reply: Reply, slot: Slot) -> None:
-        """Send rows of a finished slot: small ones are copied, large ones leave from the slot itself."""
-        rows = ticket.rows
-        header = FIXED.pack(wire.MAGIC, wire.VERSION, Kind.RESULT, 0, 0, reply.flags, ticket.id, 0, rows)
-        header += reply.meta
-        generation = ticket.route.generation
-        view = generation.views[slot.index]
-        numeric = reply.numeric
-        if numeric is None or rows * reply.row_bytes >= ZERO_COPY_BYTES:
-            self._send_payloads(ticket.client, header, self._payloads(generation, reply, slot, ticket))
-            return
-        send, start = self._send, ticket.start
-        try:
-            send(ticket.client, _MORE)
-        except zmq.ZMQError as e:
-            self._drop(e)
-            return
-        last = len(numeric) - 1
-        send(header, _MORE if last >= 0 else _NOBLOCK)
-        for i, (offset, row_bytes) in enumerate(numeric):
-            at = offset + start * row_bytes
-            send(view[at : at + rows * row_bytes], _MORE if i < last else _NOBLOCK)
-        self.replies += 1
-        if not self._is_scheduled:
-            self._is_scheduled = True
-            self._loop.call_soon(self._drain)
+    def send_results(self, tickets: Sequence[Ticket], reply: Reply, slot: Slot) -> None:
+        """Send rows of a finished slot: small answers are copied, large ones leave from the slot itself."""
+        generation = tickets[0].route.generation
+        numeric, row_bytes_all = reply.numeric, reply.row_bytes
+        head, meta, pack = reply.head, reply.meta, _ID_MILLIS_ROWS.pack
+        view, send = generation.views[slot.index], self._send
+        last = len(reply.row_shapes) - 1
+        header_flags = _MORE if last >= 0 else _NOBLOCK
+        sent = 0
+        for ticket in tickets:
+            rows = ticket.rows
+            header = head + pack(ticket.id, 0, rows) + meta
+            if numeric is None or rows * row_bytes_all >= ZERO_COPY_BYTES:
+                self._send_payloads(ticket.client, header, self._payloads(generation, reply, slot, ticket))
+                continue
+            try:
+                send(ticket.client, _MORE)
+            except zmq.ZMQError as e:
+                self._drop(e)
+                continue
+            send(header, header_flags)
+            start = ticket.start
+            for i, (offset, row_bytes) in enumerate(numeric):
+                at = offset + start * row_bytes
+                send(view[at : at + rows * row_bytes], _MORE if i < last else _NOBLOCK)
+            sent += 1
+        self.replies += sent
+        self._again()
 
     def send_frames(self, ticket: Ticket, reply: Reply, frames: list[bytes]) -> None:
         """Send a result joined from several batches."""

@@ -30,7 +30,7 @@ from pool.errors import (
     VersionNotFound,
     WorkerLost,
 )
-from pool.front.admission import Generation, Route
+from pool.front.admission import Generation, Route, Sink
 from pool.front.batcher import Slot, Ticket
 from pool.front.supervisor import Replicas, Supervisor, Worker
 from pool.shm.control import LoadReport
@@ -261,17 +261,20 @@ class Engine:
         self._arm(generation, now)
 
     def _deliver(self, generation: Generation, slot: Slot, tickets: list[Ticket]) -> None:
+        # Most batches hold requests of one kind for one sink: one call then sends them all.
+        groups: dict[tuple[Route, Sink], list[Ticket]] = {}
+        for ticket in tickets:
+            groups.setdefault((ticket.route, ticket.sink), []).append(ticket)
         try:
             places = generation.arena.read_run_record(slot.index)[2]
-            route = None
-            for ticket in tickets:
-                if ticket.route is not route:
-                    route = ticket.route
-                    reply = generation.reply_for(route, places)
-                ticket.is_settled = True
-                ticket.sink.send_result(ticket, reply, slot)
+            replies = {route: generation.reply_for(route, places) for route, _ in groups}
         except InternalError as e:
-            self._refuse([ticket for ticket in tickets if not ticket.is_settled], e)
+            self._refuse(tickets, e)
+            return
+        for (route, sink), group in groups.items():
+            for ticket in group:
+                ticket.is_settled = True
+            sink.send_results(group, replies[route], slot)
 
     @staticmethod
     def _refuse(tickets: list[Ticket], error: PoolError) -> None:

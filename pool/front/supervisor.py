@@ -17,8 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Protocol
 
-from pool.backends import Placement
-from pool.config import ModelConfig, placement
+from pool.config import ModelConfig, Placement, placement
 from pool.errors import ModelLoadError, PoolError
 from pool.front.admission import Generation
 from pool.front.batcher import Slot
@@ -265,11 +264,9 @@ class Replicas:
                 slot_bytes=generation.arena.slot_bytes,
                 allowed_batch_sizes=config.allowed_batch_sizes,
                 warm_up=tuple(
-                    control.WarmUp(
-                        signature, generation.report.recipes[name], warm_up_rows(signature, config)
-                    )
+                    control.WarmUp(signature, recipes[name], warm_up_rows(signature, config))
                     for name, signature in generation.signatures.items()
-                    if name in generation.report.recipes  # the others raise on whatever is generated
+                    if name in recipes  # the others raise on whatever is generated
                 ),
             )
         )
@@ -432,8 +429,7 @@ def warm_up_rows(signature: Signature, config: ModelConfig) -> tuple[int, ...]:
 
 
 def _placement(config: ModelConfig, index: int) -> Placement:
-    device = placement(config, index, len(os.sched_getaffinity(0)))
-    return Placement(device.cores, device.threads, device.gpu, device.gpu_memory_mb)
+    return placement(config, index, len(os.sched_getaffinity(0)))
 
 
 async def _read_pipe(fd: int) -> bytes:

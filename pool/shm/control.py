@@ -25,8 +25,9 @@ from typing import TypeVar
 
 import msgspec
 
-from pool.backends import Placement, Weight
+from pool.config import Placement
 from pool.sample import Recipe
+from pool.shm.weights import Weight
 from pool.signature import Signature
 
 

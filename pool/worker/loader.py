@@ -18,11 +18,12 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from pool.backends import Array, Backend, Model, Weight, find_backend
+from pool.backends import Array, Backend, Model, find_backend
 from pool.errors import ModelError, ModelLoadError, PoolError
 from pool.sample import Recipe, aligned_empty, recipes, sample_inputs
 from pool.shm import weights as weights_memory
 from pool.shm.control import LoaderOrder, LoadFailure, LoadOutcome, LoadReport, encode_outcome
+from pool.shm.weights import Weight
 from pool.signature import Signature
 
 

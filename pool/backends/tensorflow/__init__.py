@@ -13,8 +13,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from pool.backends import Array, Model, Placement
+from pool.backends import Array, Model
 from pool.backends.tensorflow import location
+from pool.config import Placement
 from pool.errors import ModelLoadError
 
 

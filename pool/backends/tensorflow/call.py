@@ -62,11 +62,9 @@ def bind(
         keywords: The name each of the function's flat inputs goes by.
         inputs: In the signature's order.
     """
-    order = [spec.name for spec in signature.inputs]
-    tensors = {
-        spec.name: as_tensor(array, spec.dtype) for spec, array in zip(signature.inputs, inputs, strict=True)
-    }
-    assert sorted(order) == sorted(keywords)
+    named = zip(signature.inputs, inputs, strict=True)
+    tensors = {spec.name: as_tensor(array, spec.dtype) for spec, array in named}
+    assert tensors.keys() == set(keywords)
     try:
         return _bind_direct(function, signature.outputs, [tensors[name] for name in keywords])
     except AttributeError:
@@ -93,14 +91,15 @@ def _bind_direct(function: Function, outputs: tuple[TensorSpec, ...], tensors: l
         raise AttributeError("outputs are not one tensor each")
     picks = [position[spec.name] for spec in outputs]
 
-    def run() -> list[Array]:
+    # The runtime forgets a function by name when its Python object goes: each call keeps it.
+    def run(_kept: Function = function) -> list[Array]:
         try:
             results = execute(handle, device, name, arguments, attributes, count)
             return [results[pick]._numpy() for pick in picks]
         except Exception as error:
             raise _model_error(error) from None
 
-    def run_boxed() -> list[Array]:
+    def run_boxed(_kept: Function = function) -> list[Array]:
         try:
             results = execute(handle, device, name, arguments, attributes, count)
             return [as_array(results[pick], spec.dtype) for pick, spec in zip(picks, outputs, strict=True)]
@@ -108,9 +107,7 @@ def _bind_direct(function: Function, outputs: tuple[TensorSpec, ...], tensors: l
             raise _model_error(error) from None
 
     # `_numpy` gives scalars for rank 0. Where the rank is known to be more, nobody needs to look.
-    always_arrays = all(spec.shape for spec in outputs)
-    run.keep = run_boxed.keep = function  # type: ignore[attr-defined]
-    return run if always_arrays else run_boxed
+    return run if all(spec.shape for spec in outputs) else run_boxed
 
 
 def _bind_by_keyword(

@@ -18,6 +18,9 @@ from pool.errors import ModelLoadError
 # Written last by every exporter, so a directory without one is still being written (or is none).
 _COMPLETE = ("saved_model.pb", "saved_model.pbtxt")
 
+# A signed 64-bit number, as in TensorFlow Serving: dates and hashes cut to size fit, longer digests do not.
+_VERSION_MAX = 2**63 - 1
+
 # Names shown of a directory that holds no model.
 _SHOWN_MAX = 8
 
@@ -32,10 +35,12 @@ def resolve(path: str) -> tuple[int, str]:
     Raises:
         ModelLoadError: there is no model at `path`, or a `.keras` file cannot be exported.
     """
-    given = Path(path).expanduser().absolute()
+    # Links are followed now, so that a link switched to another version does not split the workers.
+    given = Path(path).expanduser().resolve()
     if given.is_dir():
         if _is_complete(given):
-            return _number(given.name) or 1, str(given)
+            number = _number(given.name)
+            return 1 if number is None else number, str(given)
         return _highest_version(given)
     if given.suffix == ".keras" and given.is_file():
         return 1, str(_exported(given))
@@ -49,7 +54,10 @@ def _is_complete(directory: Path) -> bool:
 
 
 def _number(name: str) -> int | None:
-    return int(name) if name.isascii() and name.isdigit() else None
+    if not (name.isascii() and name.isdigit()):
+        return None
+    number = int(name)
+    return number if number <= _VERSION_MAX else None
 
 
 def _highest_version(directory: Path) -> tuple[int, str]:
@@ -60,7 +68,7 @@ def _highest_version(directory: Path) -> tuple[int, str]:
     numbered = [(number, name) for name in names if (number := _number(name)) is not None]
     for number, name in sorted(numbered, reverse=True):
         if _is_complete(directory / name):
-            return number, str(directory / name)
+            return number, str((directory / name).resolve())
     found = ", ".join(names[:_SHOWN_MAX]) + (", ..." if len(names) > _SHOWN_MAX else "")
     raise ModelLoadError(
         f"{directory} holds neither a saved_model.pb nor a numbered version with one; "

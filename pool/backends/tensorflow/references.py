@@ -65,7 +65,9 @@ def _source(name: str) -> str:
 def _takes_reference(node: Node, index: int) -> bool:
     """Whether the node's input of that index is declared a reference; unknown operations count as such."""
     definition = op_def_registry.get(node.op)
-    if definition is None or any(a.number_attr or a.type_list_attr for a in definition.input_arg[: index + 1]):
+    if definition is None or any(
+        a.number_attr or a.type_list_attr for a in definition.input_arg[: index + 1]
+    ):
         # Inputs of varying number: positions say nothing, but no such operation but these takes one.
         return definition is None or any(a.is_ref for a in definition.input_arg)
     return bool(definition.input_arg[index].is_ref)

@@ -197,16 +197,11 @@ class SavedModel:
                     )
             nodes, references = metagraph.unlifted_variables(function)
             if references:
-                raise ModelLoadError(
-                    f"variable {references[0]!r} is a reference variable of TensorFlow 1, which cannot be shared"
-                )
+                raise ModelLoadError(f"{references[0]!r} is a reference variable, which cannot be shared")
             for node in nodes:
-                found[node.name] = _Variable(
-                    node.name,
-                    node.get_attr("dtype"),
-                    tf.TensorShape(node.get_attr("shape")),
-                    metagraph.handle(node),
-                )
+                shape = tf.TensorShape(node.get_attr("shape"))
+                handle = metagraph.handle(node)
+                found[node.name] = _Variable(node.name, node.get_attr("dtype"), shape, handle)
         return list(found.values())
 
 

@@ -1,0 +1,462 @@
+"""The batcher, driven at random by the calls the engine makes, beside a plain model of what must hold."""
+
+from __future__ import annotations
+
+from math import inf
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from pool.front.batcher import Batcher, Ticket
+from pool.front.states import IllegalTransition, SlotState
+
+CAPACITY = {1: 4, 2: 7, 3: 1}  # rows of a slot, by key
+WORKERS = range(3)
+
+
+class Placed:
+    """What the model knows of one admitted ticket."""
+
+    def __init__(self, ticket, key, number):
+        self.ticket = ticket
+        self.key = key
+        self.number = number  # order of admission, over all keys
+        self.answers = 0
+
+
+class Mirror:
+    """What the model knows of one slot: its owner, and a stand-in for its bytes."""
+
+    def __init__(self):
+        self.state = SlotState.FREE
+        self.clear()
+
+    def clear(self):
+        self.key = None
+        self.placed = []
+        self.bytes = []  # one entry a row: who wrote it
+        self.takes_more = False
+        self.opened_at = None
+        self.worker = None
+
+    @property
+    def rows(self):
+        return len(self.bytes)
+
+    @property
+    def has_live_tickets(self):
+        return any(not each.ticket.is_settled for each in self.placed)
+
+
+class BatcherMachine(RuleBasedStateMachine):
+    """Rules are the engine's calls; after each, the batcher and the model must agree."""
+
+    @initialize(slots=st.integers(1, 4), delay=st.sampled_from([0.0, 0.0, 2.0]))
+    def make(self, slots, delay):
+        self.now = 100.0
+        self.delay = delay
+        self.batcher = Batcher(slots, delay)
+        self.mirrors = {slot: Mirror() for slot in self.batcher.slots}
+        self.placed = []
+        self.ready = set()
+        self.busy = {}  # worker -> slot
+        self.dead = []  # slots whose worker died and is not waited for yet
+        self.dispatched = []  # numbers of the first tickets of dispatched batches, by key
+
+    # -- what the model expects ---------------------------------------------------------------------
+
+    def mirrors_in(self, state):
+        return [slot for slot, mirror in self.mirrors.items() if mirror.state is state]
+
+    def open_for(self, key):
+        for slot in self.mirrors_in(SlotState.OPEN):
+            if self.mirrors[slot].key == key and self.mirrors[slot].takes_more:
+                return slot
+        return None
+
+    def waiting(self):
+        """Slots in the queue, oldest first row first."""
+        slots = [slot for slot in self.mirrors_in(SlotState.OPEN) if self.mirrors[slot].placed]
+        return sorted(slots, key=lambda slot: self.mirrors[slot].placed[0].number)
+
+    def is_due(self, slot):
+        mirror = self.mirrors[slot]
+        return self.delay == 0 or not mirror.takes_more or mirror.opened_at + self.delay <= self.now
+
+    def free(self, slot):
+        self.mirrors[slot].state = SlotState.FREE
+        self.mirrors[slot].clear()
+
+    def drop_settled(self):
+        for slot in self.waiting():
+            if not self.mirrors[slot].has_live_tickets:
+                self.free(slot)
+
+    def answer(self, tickets):
+        """What the shell does with tickets it is given: answer each, once."""
+        for each in tickets:
+            placed = next(p for p in self.placed if p.ticket is each)
+            placed.answers += 1
+            each.is_settled = True
+
+    # -- placing ------------------------------------------------------------------------------------
+
+    @rule(
+        key=st.sampled_from([1, 1, 2, 3]),
+        rows=st.integers(0, 9),
+        timeout=st.sampled_from([inf, inf, 0.5, 1.0, 3.0]),
+    )
+    def place(self, key, rows, timeout):
+        mine = self.open_for(key)
+        room = CAPACITY[key] - self.mirrors[mine].rows if mine else 0
+        free = len(self.mirrors_in(SlotState.FREE))
+        assert self.batcher.free_rows(key, CAPACITY[key]) == room + free * CAPACITY[key]
+        slot = self.batcher.open_slot(key, CAPACITY[key])
+        if slot is None:
+            assert mine is None
+            assert free == 0
+            return
+        mirror = self.mirrors[slot]
+        if mine is None:
+            assert mirror.state is SlotState.FREE
+            mirror.state, mirror.key, mirror.takes_more = SlotState.OPEN, key, True
+        else:
+            assert slot is mine
+        assert slot.capacity == CAPACITY[key]
+        assert slot.rows == mirror.rows < slot.capacity
+        rows = min(rows, slot.capacity - slot.rows)
+        placed = Placed(
+            Ticket(None, None, None, None, rows, self.now + timeout, self.now), key, len(self.placed)
+        )
+        self.placed.append(placed)
+        if not mirror.placed:
+            mirror.opened_at = self.now
+        mirror.placed.append(placed)
+        mirror.bytes += [placed] * rows
+        mirror.takes_more = mirror.rows < CAPACITY[key]
+        self.batcher.commit(slot, placed.ticket, self.now)
+
+    @rule(key=st.sampled_from([1, 2, 3]))
+    def open_and_abandon(self, key):
+        mine = self.open_for(key)
+        slot = self.batcher.open_slot(key, CAPACITY[key])
+        if slot is not None:
+            assert mine in (None, slot)
+            self.batcher.abandon(slot)
+
+    @rule(key=st.sampled_from([1, 2, 3]))
+    def close(self, key):
+        slot = self.open_for(key)
+        if slot is not None:
+            self.batcher.close(slot)
+            self.mirrors[slot].takes_more = False
+
+    # -- running ------------------------------------------------------------------------------------
+
+    @rule(worker=st.sampled_from(WORKERS))
+    def worker_ready(self, worker):
+        if worker not in self.ready and worker not in self.busy:
+            self.batcher.worker_ready(worker)
+            self.ready.add(worker)
+
+    @rule(worker=st.sampled_from(WORKERS))
+    def worker_lost(self, worker):
+        self.batcher.worker_lost(worker)
+        self.ready.discard(worker)
+        if worker in self.busy:
+            self.dead.append(self.busy.pop(worker))
+
+    @rule()
+    def dispatch(self):
+        for slot, worker in self.batcher.dispatch(self.now):
+            mirror = self.mirrors[slot]
+            due = [each for each in self.waiting() if self.is_due(each)]
+            assert slot is due[0], "not the oldest batch that may go"
+            assert worker in self.ready
+            assert 0 <= slot.rows <= slot.capacity
+            assert slot.dispatched_at == self.now
+            assert slot.worker == worker
+            mirror.state, mirror.takes_more, mirror.worker = SlotState.RUNNING, False, worker
+            self.ready.remove(worker)
+            self.busy[worker] = slot
+        assert not (self.ready and any(map(self.is_due, self.waiting()))), "a ready worker idles"
+        assert self.batcher.next_wakeup() > self.now or self.earliest_deadline() <= self.now
+
+    @precondition(lambda self: self.busy)
+    @rule(data=st.data())
+    def finish(self, data):
+        worker = data.draw(st.sampled_from(sorted(self.busy)))
+        slot = self.busy.pop(worker)
+        mirror = self.mirrors[slot]
+        tickets = self.batcher.finish(slot)
+        assert tickets == [each.ticket for each in mirror.placed if not each.ticket.is_settled]
+        for each in mirror.placed:
+            start = each.ticket.start
+            assert mirror.bytes[start : start + each.ticket.rows] == [each] * each.ticket.rows, "not its rows"
+        mirror.state = SlotState.DONE
+        self.answer(tickets)
+
+    @precondition(lambda self: self.mirrors_in(SlotState.DONE))
+    @rule(data=st.data())
+    def release(self, data):
+        slot = data.draw(st.sampled_from(self.mirrors_in(SlotState.DONE)))
+        self.batcher.release(slot)
+        self.free(slot)
+
+    @precondition(lambda self: self.dead)
+    @rule(data=st.data())
+    def reap(self, data):
+        slot = data.draw(st.sampled_from(self.dead))
+        self.dead.remove(slot)
+        expected = [each.ticket for each in self.mirrors[slot].placed if not each.ticket.is_settled]
+        tickets = self.batcher.reap(slot)
+        assert tickets == expected
+        self.answer(tickets)
+        self.free(slot)
+
+    # -- time ---------------------------------------------------------------------------------------
+
+    @rule(seconds=st.sampled_from([0.125, 0.5, 1.0, 2.0, 10.0]))
+    def advance(self, seconds):
+        self.now += seconds
+
+    @rule()
+    def advance_to_wakeup(self):
+        wakeup = self.batcher.next_wakeup()
+        if wakeup < inf:
+            self.now = max(self.now, wakeup)
+            self.expire()
+            self.dispatch()
+            assert self.batcher.next_wakeup() > self.now, "the timer would spin"
+
+    @rule()
+    def expire(self):
+        due = [each.ticket for each in self.placed if not each.ticket.is_settled]
+        due = [ticket for ticket in due if ticket.deadline <= self.now]
+        expired = self.batcher.expire(self.now)
+        assert sorted(map(id, expired)) == sorted(map(id, due)), "expired tickets are given exactly once"
+        assert all(ticket.is_settled for ticket in expired)
+        self.answer(expired)
+        self.drop_settled()
+
+    @rule(data=st.data())
+    def withdraw(self, data):
+        live = [
+            (slot, each)
+            for slot, mirror in self.mirrors.items()
+            for each in mirror.placed
+            if not each.ticket.is_settled
+        ]
+        if live:
+            slot, placed = data.draw(st.sampled_from(live))
+            self.batcher.withdraw(slot, placed.ticket)
+            placed.answers += 1  # its shell has answered for it
+            self.drop_settled()
+
+    @rule()
+    def drop_waiting(self):
+        expected = [
+            each.ticket
+            for slot in self.waiting()
+            for each in self.mirrors[slot].placed
+            if not each.ticket.is_settled
+        ]
+        dropped = self.batcher.drop_waiting()
+        assert dropped == expected, "not the oldest batch first"
+        assert all(ticket.is_settled for ticket in dropped)
+        self.answer(dropped)
+        self.drop_settled()
+
+    # -- what always holds --------------------------------------------------------------------------
+
+    def earliest_deadline(self):
+        live = [each.ticket.deadline for each in self.placed if not each.ticket.is_settled]
+        return min(live, default=inf)
+
+    @invariant()
+    def slots_agree(self):
+        for slot, mirror in self.mirrors.items():
+            assert slot.state is mirror.state
+            assert slot.rows == mirror.rows
+            assert slot.tickets == [each.ticket for each in mirror.placed]
+            assert slot.worker == mirror.worker
+        assert set(self.batcher.running()) == {*self.busy.values(), *self.dead}
+        assert self.batcher.is_idle == all(m.state is SlotState.FREE for m in self.mirrors.values())
+
+    @invariant()
+    def nothing_waits_without_a_ticket_to_answer(self):
+        for slot in self.mirrors_in(SlotState.OPEN):
+            assert self.mirrors[slot].has_live_tickets
+        assert self.batcher.queue_rows == sum(self.mirrors[slot].rows for slot in self.waiting())
+
+    @invariant()
+    def the_timer_is_never_late(self):
+        due = self.earliest_deadline()
+        if self.ready and self.delay > 0:
+            for slot in self.waiting():
+                due = min(due, self.mirrors[slot].opened_at + self.delay)
+        assert self.batcher.next_wakeup() <= due
+
+    @invariant()
+    def nobody_is_answered_twice(self):
+        for each in self.placed:
+            assert each.answers == (1 if each.ticket.is_settled else 0)
+
+    def teardown(self):
+        """Drain: everything admitted is finished, every ticket answered once, every slot FREE."""
+        if not hasattr(self, "batcher"):
+            return
+        while not self.batcher.is_idle:
+            for slot in list(self.dead):
+                self.answer(self.batcher.reap(slot))
+                self.dead.remove(slot)
+                self.free(slot)
+            for worker, slot in list(self.busy.items()):
+                self.answer(self.batcher.finish(slot))
+                del self.busy[worker]
+                self.mirrors[slot].state = SlotState.DONE
+            for slot in self.mirrors_in(SlotState.DONE):
+                self.batcher.release(slot)
+                self.free(slot)
+            self.now += self.delay
+            self.worker_ready(0)
+            self.dispatch()
+        assert all(slot.state is SlotState.FREE for slot in self.batcher.slots)
+        assert all(each.answers == 1 for each in self.placed)
+        assert self.batcher.next_wakeup() == inf
+        assert self.batcher.queue_rows == 0
+
+
+BatcherMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestBatcher = BatcherMachine.TestCase
+
+
+# -- the same in examples, where a figure tells more than a property ---------------------------------
+
+
+def ticket(rows=1, deadline=inf):
+    return Ticket(None, None, None, None, rows, deadline, 0.0)
+
+
+def place(batcher, *, key=1, rows=1, capacity=4, now=0.0, deadline=inf):
+    slot = batcher.open_slot(key, capacity)
+    placed = ticket(rows, deadline)
+    batcher.commit(slot, placed, now)
+    return SimpleNamespace(slot=slot, ticket=placed)
+
+
+def test_an_idle_worker_takes_a_single_row_at_once():
+    batcher = Batcher(2)
+    batcher.worker_ready(0)
+    placed = place(batcher)
+    assert batcher.dispatch(0.0) == [(placed.slot, 0)]
+
+
+def test_while_the_worker_is_busy_rows_gather():
+    batcher = Batcher(3)
+    batcher.worker_ready(0)
+    place(batcher)
+    ((first, worker),) = batcher.dispatch(0.0)
+    gathered = [place(batcher, now=1.0 + i) for i in range(3)]
+    assert batcher.dispatch(4.0) == []
+    batcher.finish(first)
+    batcher.worker_ready(worker)
+    assert batcher.dispatch(5.0) == [(gathered[0].slot, 0)]
+    assert [each.ticket.start for each in gathered] == [0, 1, 2]
+
+
+def test_with_a_delay_a_batch_waits_for_company_and_no_longer():
+    batcher = Batcher(2, max_queue_delay_s=1.0)
+    batcher.worker_ready(0)
+    placed = place(batcher, now=10.0)
+    assert batcher.dispatch(10.0) == []
+    assert batcher.next_wakeup() == 11.0
+    assert batcher.dispatch(10.999) == []
+    assert batcher.dispatch(11.0) == [(placed.slot, 0)]
+
+
+def test_with_a_delay_a_full_batch_goes_before_an_older_one_with_room():
+    batcher = Batcher(2, max_queue_delay_s=1.0)
+    older = place(batcher, key=1, now=0.0)
+    full = place(batcher, key=2, rows=4, now=0.5)
+    batcher.worker_ready(0)
+    batcher.worker_ready(1)
+    assert batcher.dispatch(0.5) == [(full.slot, 1)]
+    assert batcher.dispatch(1.0) == [(older.slot, 0)]
+
+
+def test_a_request_of_no_rows_runs():
+    batcher = Batcher(1)
+    batcher.worker_ready(0)
+    placed = place(batcher, rows=0)
+    ((slot, _),) = batcher.dispatch(0.0)
+    assert slot.rows == 0
+    assert batcher.finish(slot) == [placed.ticket]
+
+
+def test_an_expired_row_in_a_shared_batch_leaves_the_others_alone():
+    batcher = Batcher(1)
+    early = place(batcher, deadline=1.0)
+    late = place(batcher, deadline=9.0)
+    assert batcher.next_wakeup() == 1.0
+    assert batcher.expire(1.0) == [early.ticket]
+    assert batcher.expire(1.0) == []
+    assert batcher.next_wakeup() == 9.0
+    batcher.worker_ready(0)
+    ((slot, _),) = batcher.dispatch(1.0)
+    assert slot.rows == 2
+    assert batcher.finish(slot) == [late.ticket]
+
+
+def test_a_waiting_batch_of_expired_rows_never_starts():
+    batcher = Batcher(1)
+    place(batcher, deadline=1.0)
+    batcher.expire(1.0)
+    batcher.worker_ready(0)
+    assert batcher.dispatch(1.0) == []
+    assert batcher.is_idle
+
+
+def test_the_generation_tells_one_run_of_a_slot_from_the_next():
+    batcher = Batcher(1)
+    seen = []
+    for _ in range(3):
+        batcher.worker_ready(0)
+        place(batcher)
+        ((slot, _),) = batcher.dispatch(0.0)
+        seen.append(slot.generation)
+        batcher.finish(slot)
+        batcher.release(slot)
+    assert seen == [1, 2, 3]
+
+
+def test_the_generation_fits_the_doorbells_u32():
+    batcher = Batcher(1)
+    batcher.slots[0].generation = 0xFFFF_FFFF
+    batcher.worker_ready(0)
+    place(batcher)
+    ((slot, _),) = batcher.dispatch(0.0)
+    assert slot.generation == 0
+
+
+def test_what_cannot_happen_is_a_defect_told():
+    batcher = Batcher(1)
+    with pytest.raises(IllegalTransition):
+        batcher.finish(batcher.slots[0])
+    batcher.worker_ready(0)
+    with pytest.raises(AssertionError, match="ready twice"):
+        batcher.worker_ready(0)
+    slot = batcher.open_slot(1, 4)
+    with pytest.raises(AssertionError, match="without rows"):
+        batcher.close(slot)
+    with pytest.raises(AssertionError, match="beyond the slot"):
+        batcher.commit(slot, ticket(rows=5), 0.0)
