@@ -39,6 +39,12 @@ FIXED_BYTES = FIXED.size  # 24
 HEAD = struct.Struct("<8sQII")
 HEAD_BYTES = 8
 
+# What differs from request to request: id, millis, rows. Bytes 8 to 24 of a header, and an entry of a
+# bundle's table (section 3.9).
+PART = struct.Struct("<QII")
+PART_BYTES = PART.size  # 16
+MAX_PARTS = 4096  # 2.4: requests in a bundle
+
 MAX_HEADER_BYTES = 65_536  # 2.4: a header is names and shapes; anything longer is not one
 MAX_INFO_BYTES = 16_777_216  # 2.4: but an INFO header is a whole document
 MAX_TENSORS = 256  # 2.4: per message
@@ -65,6 +71,7 @@ class Flag(enum.IntFlag):
     """Bits of the header's `flags` (section 2.3)."""
 
     WHOLE = 0x0001  # RESULT: the shapes are whole tensors, not rows of a batch
+    BUNDLE = 0x0002  # PREDICT, RESULT: the message stands for several requests (section 3.9)
 
 
 def prefix(kind: Kind) -> bytes:
@@ -207,6 +214,31 @@ def peek_id(frame: bytes) -> int | None:
         return None
     id_: int = FIXED.unpack_from(frame)[6]
     return id_
+
+
+# -- bundles ---------------------------------------------------------------------------------------
+
+
+def split_parts(table: memoryview | bytes, rows: int) -> list[tuple[int, int, int]]:
+    """The parts of a bundle, each (id, millis, rows).
+
+    Args:
+        table: The frame after the header.
+        rows: Of the whole bundle, as its header says.
+
+    Raises:
+        WireError: no table, too many parts, or their rows do not add up.
+    """
+    size = len(table)
+    if size == 0 or size % PART_BYTES or size > MAX_PARTS * PART_BYTES:
+        raise WireError(
+            f"table of a bundle has {size} bytes; wanted 1 to {MAX_PARTS} entries of {PART_BYTES} bytes"
+        )
+    parts = list(PART.iter_unpack(table))
+    total = sum(part[2] for part in parts)
+    if total != rows:
+        raise WireError(f"the parts of a bundle have {total} rows; its header says {rows}")
+    return parts
 
 
 # -- meta ------------------------------------------------------------------------------------------

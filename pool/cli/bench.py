@@ -267,10 +267,8 @@ def summarize(results: Results, before: dict[str, Any], after: dict[str, Any], m
     batches = model_after["batches"] - model_before["batches"]
     rows = model_after["rows"] - model_before["rows"]
     # A worker that was started anew in between counts from nothing.
-    worker_s = {worker["pid"]: worker["cpu_s"] or 0.0 for worker in model_before["workers"]}
-    workers_s = sum(
-        (worker["cpu_s"] or 0.0) - worker_s.get(worker["pid"], 0.0) for worker in model_after["workers"]
-    )
+    worker_s = {worker["pid"]: worker["cpu_s"] for worker in model_before.get("workers", ())}
+    workers_s = sum(worker["cpu_s"] - worker_s.get(worker["pid"], 0.0) for worker in model_after["workers"])
     return {
         "requests_per_s": round(answered / elapsed_s, 1),
         **{

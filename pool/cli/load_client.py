@@ -140,11 +140,11 @@ class LoadClient:
     def __init__(self, task: Task) -> None:
         self._task = task
         self._core = ClientCore()
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         # The window, or the rate, is the only limit: a queue of ZeroMQ's own must not be another.
-        context.setsockopt(zmq.SNDHWM, 0)
-        context.setsockopt(zmq.RCVHWM, 0)
-        self._connection = Connection(context, task.endpoint)
+        self._context.setsockopt(zmq.SNDHWM, 0)
+        self._context.setsockopt(zmq.RCVHWM, 0)
+        self._connection = Connection(self._context, task.endpoint)
         self._descriptors = [
             int(socket.get(zmq.FD)) for socket in (self._connection.socket, self._connection.monitor)
         ]
@@ -154,6 +154,13 @@ class LoadClient:
         self._errors: dict[str, int] = {}
         self._done = 0
         self._next_tell_s = 0.0
+
+    def __enter__(self) -> LoadClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+        self._context.term()
 
     # -- before ------------------------------------------------------------------------------------
 
@@ -231,7 +238,8 @@ class LoadClient:
         heard_s = started_s
         while self._done < total:
             now = clock()
-            stop = min(total, self._done + window, sent + BURST)
+            limit = min(total, self._done + window)
+            stop = min(limit, sent + BURST)
             while sent < stop and (due_s is None or due_s[sent] <= now):
                 if due_s is None:
                     begun_s.append(clock())
@@ -241,9 +249,11 @@ class LoadClient:
             if self._take(begun_s):
                 heard_s = clock()
                 continue
+            if sent == stop < limit:
+                continue
             # The socket's descriptor tells only news: here it was read empty after the last send.
             until_s = heard_s + task.timeout_s if sent > self._done else math.inf
-            if due_s is not None and sent < min(total, self._done + window):
+            if due_s is not None and sent < limit:
                 until_s = min(until_s, due_s[sent])
             if not self._wait(until_s):
                 return Unavailable.code
@@ -289,28 +299,32 @@ def tell(line: dict[str, Any]) -> None:
     sys.stdout.buffer.flush()
 
 
+def _obey(client: LoadClient) -> int:
+    try:
+        client.prepare()
+    except PoolError as e:
+        tell({"code": e.code, "message": e.message})
+        return 1
+    except (OSError, ValueError) as e:
+        tell({"code": InvalidInput.code, "message": str(e)})
+        return 1
+    tell({"is_ready": True})
+    if not sys.stdin.buffer.readline():
+        return 0  # the parent gave up
+    result, latencies_s = client.run()
+    tell(msgspec.to_builtins(result))
+    sys.stdout.buffer.write(latencies_s.tobytes())
+    sys.stdout.buffer.flush()
+    return 0
+
+
 def main() -> int:
     """Do the task that comes on the standard input."""
     try:
-        client = LoadClient(msgspec.json.decode(sys.stdin.buffer.readline(), type=Task))
-        try:
-            client.prepare()
-        except PoolError as e:
-            tell({"code": e.code, "message": e.message})
-            return 1
-        except (OSError, ValueError) as e:
-            tell({"code": InvalidInput.code, "message": str(e)})
-            return 1
-        tell({"is_ready": True})
-        if not sys.stdin.buffer.readline():
-            return 0  # the parent gave up
-        result, latencies_s = client.run()
-        tell(msgspec.to_builtins(result))
-        sys.stdout.buffer.write(latencies_s.tobytes())
-        sys.stdout.buffer.flush()
+        with LoadClient(msgspec.json.decode(sys.stdin.buffer.readline(), type=Task)) as client:
+            return _obey(client)
     except (KeyboardInterrupt, BrokenPipeError):
         return 130  # the parent tells
-    return 0
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def show(status: dict[str, Any]) -> None:
     front = status["front"]
     out.print(
         f"front {front['pid']}, up {timedelta(seconds=int(front['uptime_s']))}, "
-        f"{front['requests']} requests, {front['replies']} replies, pool {front['version']}"
+        f"{front['requests']} requests, {front['replies']} replies"
     )
     for endpoint in front["endpoints"]:
         out.print(f"  {endpoint}")
@@ -50,20 +50,11 @@ def show(status: dict[str, Any]) -> None:
         "model", "version", "state", "waiting rows", "batches", "rows", "rows/batch", "weights", "arena"
     )
     for name, model in status["models"].items():
-        batches, rows = model["batches"], model["rows"]
-        shared = "shared" if model["weights_shared"] else "a copy each"
-        models.add_row(
-            name,
-            str(model["version"]),
-            model["state"],
-            str(model["queue_rows"]),
-            str(batches),
-            str(rows),
-            f"{rows / batches:.1f}" if batches else "",
-            f"{size(model['weights_bytes'])}, {shared}",
-            f"{size(model['arena_bytes'])}, {model['slots']} slots",
-        )
+        models.add_row(name, *_served(model))
     out.print(models)
+    for name, model in status["models"].items():
+        if model["failure"]:
+            out.print(f"{name}: {model['failure']}")
 
     processes = Table(
         "process", "pid", "state", "device", "batches", "rows", "restarts", "CPU s", "private", "share of all"
@@ -75,7 +66,7 @@ def show(status: dict[str, Any]) -> None:
         name = f"zygote ({zygote['backend']})"
         processes.add_row(name, str(zygote["pid"]), "", "", "", "", "", "", *_memory(zygote))
     for name, model in status["models"].items():
-        for worker in model["workers"]:
+        for worker in model.get("workers", ()):
             processes.add_row(
                 f"{name} worker {worker['index']}",
                 str(worker["pid"] or ""),
@@ -84,12 +75,29 @@ def show(status: dict[str, Any]) -> None:
                 str(worker["batches"]),
                 str(worker["rows"]),
                 str(worker["restarts"]),
-                f"{worker['cpu_s'] or 0:.1f}",
+                f"{worker['cpu_s']:.1f}",
                 *_memory(worker),
             )
     out.print(processes)
 
 
+def _served(model: dict[str, Any]) -> list[str]:
+    """The columns of a model; one that has not been loaded has few."""
+    batches, rows = model["batches"], model["rows"]
+    columns = [
+        str(model.get("version") or ""),
+        model["state"],
+        str(model.get("queue_rows", "")),
+        str(batches),
+        str(rows),
+        f"{rows / batches:.1f}" if batches else "",
+    ]
+    if "slots" in model:
+        shared = "shared" if model["weights_shared"] else "a copy each"
+        columns.append(f"{size(model['weights_bytes'])}, {shared}")
+        columns.append(f"{size(model['arena_bytes'])}, {model['slots']} slots")
+    return columns
+
+
 def _memory(process: dict[str, Any]) -> list[str]:
-    """USS and PSS; empty for a process that is gone."""
-    return ["" if process[key] is None else size(process[key]) for key in ("uss_bytes", "pss_bytes")]
+    return [size(process["uss_bytes"]), size(process["pss_bytes"])]

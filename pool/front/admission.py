@@ -122,6 +122,7 @@ class Reply:
 
     Attributes:
         head: First eight bytes of the reply header.
+        bundle_head: The same for a bundle of replies.
         meta: Its msgpack part.
         flags: Its flags.
         row_shapes: Of the outputs, without the row axis.
@@ -129,7 +130,17 @@ class Reply:
         row_bytes: Of all outputs together; 0 if one of them holds strings.
     """
 
-    __slots__ = ("_batched", "_places", "flags", "head", "meta", "numeric", "row_bytes", "row_shapes")
+    __slots__ = (
+        "_batched",
+        "_places",
+        "bundle_head",
+        "flags",
+        "head",
+        "meta",
+        "numeric",
+        "row_bytes",
+        "row_shapes",
+    )
 
     def __init__(
         self, version: int, signature: Signature, places: list[OutputPlace], outputs: tuple[int, ...]
@@ -139,6 +150,7 @@ class Reply:
         self.row_shapes = [place.shape[1:] if self._batched else place.shape for place in self._places]
         self.flags = 0 if self._batched else int(wire.Flag.WHOLE)
         self.head = wire.head(wire.Kind.RESULT, self.flags)
+        self.bundle_head = wire.head(wire.Kind.RESULT, self.flags | wire.Flag.BUNDLE)
         self.meta = wire.encode_meta(
             wire.ResultMeta(
                 version,
@@ -421,6 +433,56 @@ class Generation:
             self.batcher.commit(slot, part, now)
             done += rows
 
+    def place_all(
+        self, tickets: Sequence[Ticket], frames: Sequence[memoryview | bytes], now: float
+    ) -> list[tuple[Ticket, PoolError]]:
+        """Place the requests of a bundle, one after the other: `place` for many at the price of one.
+
+        Args:
+            tickets: Of one route, batched and numeric; in no slot yet.
+            frames: Tensor payloads of all their rows together, in the request's order.
+            now: Monotonic seconds.
+
+        Returns:
+            Those refused, and why; they are in no slot.
+
+        Raises:
+            WireError: a frame's size is not what the header says; nothing was placed.
+        """
+        route: Route = tickets[0].route
+        columns = _read_numeric(route, sum(ticket.rows for ticket in tickets), frames)
+        number, capacity = route.number, route.capacity
+        refused: list[tuple[Ticket, PoolError]] = []
+        first = done = 0
+        while first < len(tickets):
+            slot = self.batcher.open_slot(number, capacity)
+            if slot is None:
+                refused += [(ticket, self.overloaded(route, ticket.rows)) for ticket in tickets[first:]]
+                break
+            room = slot.capacity - slot.rows
+            rows, end = 0, first
+            while end < len(tickets) and rows + tickets[end].rows <= room:
+                rows += tickets[end].rows
+                end += 1
+            if end == first:  # the next one has to be split, or waits for an empty slot
+                self.batcher.abandon(slot)
+                ticket = tickets[first]
+                spans = [column.span(done, ticket.rows) for column in columns]
+                try:
+                    self.place(ticket, spans, now)
+                except PoolError as e:
+                    refused.append((ticket, e))
+                rows, end = ticket.rows, first + 1
+            else:
+                memory = self.arena.slots[slot.index]
+                for column in columns:
+                    column.write(memory, slot.rows, done, rows)
+                for ticket in tickets[first:end]:
+                    self.batcher.commit(slot, ticket, now)
+            done += rows
+            first = end
+        return refused
+
     def _unplace(self, join: Join | None) -> None:
         if join is not None:
             join.whole.is_settled = True
@@ -463,6 +525,10 @@ class _Column:
         self._row_bytes = region.row_bytes
         self._rows = np.frombuffer(payload, np.uint8)
 
+    def span(self, start: int, rows: int) -> memoryview:
+        """The payload of some of the rows."""
+        return self._rows[start * self._row_bytes : (start + rows) * self._row_bytes].data
+
     def fit(self, _memory: npt.NDArray[np.uint8], _at: int, _start: int, rows: int) -> int:
         """How many of `rows` rows from `_start` on find room in the slot's rows from `_at` on: all."""
         return rows
@@ -503,6 +569,12 @@ class _StringColumn:
         to = self._region.heap_offset + int(offsets[0])
         heap = np.frombuffer(self._heap, np.uint8)[int(mine[0]) : int(mine[-1])]
         memory[to : to + len(heap)] = heap
+
+
+def _read_numeric(route: Route, rows: int, frames: Sequence[memoryview | bytes]) -> list[_Column]:
+    columns = _read_columns(route, rows, frames)
+    assert all(isinstance(column, _Column) for column in columns), "a bundle of strings"
+    return columns  # type: ignore[return-value]
 
 
 def _read_columns(

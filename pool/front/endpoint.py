@@ -16,7 +16,6 @@ import logging
 import os
 import socket
 import stat
-import struct
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -29,11 +28,11 @@ import zmq
 
 from pool import wire
 from pool.config import ServerConfig
-from pool.errors import ConfigError, InternalError, PoolError, WireError
+from pool.errors import ConfigError, InternalError, InvalidInput, PoolError, WireError
 from pool.front.admission import Generation, Reply, Route, frame_size_error
 from pool.front.batcher import Slot, Ticket
 from pool.front.engine import Engine
-from pool.wire import FIXED, FIXED_BYTES, Header, Kind, PredictMeta, SignatureMeta
+from pool.wire import FIXED_BYTES, HEAD, HEAD_BYTES, PART, Flag, Header, Kind, PredictMeta, SignatureMeta
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +41,9 @@ log = logging.getLogger("pool.endpoint")
 
 # Messages a turn of the loop. 256 take about 1 ms: the most a worker's answer waits for the front.
 _DRAIN_MAX = 256
+
+# A request in a bundle costs the front about a sixth of one alone.
+_BUNDLE_DISCOUNT = 6
 
 # Replies at least this large are sent from the slot without a copy. Below it, ZeroMQ's bookkeeping for
 # a foreign buffer (a message object, a trip through pyzmq's collector thread) costs more than the copy.
@@ -55,8 +57,8 @@ _ROUTES_MAX = 4096
 
 _NOBLOCK = int(zmq.NOBLOCK)
 _MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
-_PREDICT = wire.prefix(Kind.PREDICT)
-_ID_MILLIS_ROWS = struct.Struct("<QII")  # the part of a reply's header that differs from one to the next
+_PREDICT = wire.head(Kind.PREDICT)
+_BUNDLE = wire.head(Kind.PREDICT, Flag.BUNDLE)
 
 
 class Endpoint:
@@ -82,6 +84,7 @@ class Endpoint:
         self._router.setsockopt(zmq.MAXMSGSIZE, config.max_message_bytes)
         # pyzmq's Python layer over send costs 0.65 µs a frame; what it would check does not apply here.
         self._send: Callable[..., Any] = super(zmq.Socket, self._router).send
+        self._bundles = Bundles(self)
         self._socket_files: list[str] = []
         self._routes: dict[bytes, Route] = {}
         self._fd = -1
@@ -138,28 +141,30 @@ class Endpoint:
         if router.closed:
             return
         recv, recv_into, get = router.recv, router.recv_into, router.get
-        more, noblock, unpack, fixed = zmq.RCVMORE, _NOBLOCK, FIXED.unpack_from, FIXED_BYTES
+        more, noblock, unpack, fixed = zmq.RCVMORE, _NOBLOCK, HEAD.unpack_from, FIXED_BYTES
         routes, monotonic = self._routes, time.monotonic
         touched: Generation | None = None
         admitted = 0
         now = monotonic()
-        for _ in range(_DRAIN_MAX):
+        budget = _DRAIN_MAX
+        while budget > 0:
+            budget -= 1
             try:
                 client = recv(noblock)
             except zmq.Again:
                 break
             header = recv(noblock)
             route = routes.get(header[fixed:])
-            if route is None or header[:4] != _PREDICT or not route.is_numeric:
-                self._receive_slowly(client, header, now)
+            if route is None or header[:HEAD_BYTES] != _PREDICT or not route.is_numeric:
+                budget -= self._receive_slowly(client, header, now)
                 continue
             generation = route.generation
             if generation is not touched:
                 if touched is not None:
                     self._engine.flush(touched, now)
                 touched = generation
-            _, _, _, priority, reserved, _, id_, timeout_ms, rows = unpack(header)
-            if priority > 3 or reserved or (rows != 1 and (rows == 0 or not route.is_batched)):
+            _, id_, timeout_ms, rows = unpack(header)
+            if rows != 1 and (rows == 0 or not route.is_batched):
                 self._receive_slowly(client, header, now)
                 continue
             batcher = generation.batcher
@@ -213,15 +218,21 @@ class Endpoint:
                 frames.append(frame)
         return frames
 
-    def _receive_slowly(self, client: bytes, header: bytes, now: float) -> None:
-        """Any message: the rest of its frames is received, and it is answered or admitted."""
+    def _receive_slowly(self, client: bytes, header: bytes, now: float) -> int:
+        """Any message: the rest of its frames is received, and it is answered or admitted.
+
+        Returns:
+            How many requests it stands for beyond the first, as far as the time they take goes.
+        """
         frames = self._receive_frames()
         try:
             decoded = wire.decode_header(header)
         except PoolError as e:
             self._refuse(client, wire.peek_id(header) or 0, e)
-            return
+            return 0
         try:
+            if decoded.kind is Kind.PREDICT and decoded.flags & Flag.BUNDLE:
+                return self._admit_bundle(client, decoded, frames, now) // _BUNDLE_DISCOUNT
             if decoded.kind is Kind.PREDICT:
                 self._admit(client, decoded, frames, now)
             elif frames:
@@ -233,14 +244,41 @@ class Endpoint:
         except Exception as e:
             log.exception("cannot handle a message")
             self._refuse(client, decoded.id, InternalError(f"{type(e).__name__} while handling the request"))
+        return 0
 
-    def _admit(self, client: bytes, header: Header, frames: list[memoryview], now: float) -> None:
-        route = self._routes.get(header.meta)
-        if route is None or self._engine.is_draining:
-            route = self._engine.resolve(wire.decode_meta(PredictMeta, header.meta))
+    def _find_route(self, meta: bytes) -> Route:
+        route = self._routes.get(meta)
+        if route is None:
+            route = self._engine.resolve(wire.decode_meta(PredictMeta, meta))
             if len(self._routes) >= _ROUTES_MAX:
                 self._routes.clear()
-            self._routes[header.meta] = route
+            self._routes[meta] = route
+        return route
+
+    def _admit_bundle(self, client: bytes, header: Header, frames: list[memoryview], now: float) -> int:
+        """Admit or refuse each request of a bundle; gives how many there were (`docs/wire.md` 3.9)."""
+        parts = wire.split_parts(frames[0] if frames else b"", header.rows)
+        try:
+            route = self._find_route(header.meta)
+            if not (route.is_batched and route.is_numeric):
+                raise InvalidInput("a bundle of requests with string inputs, or to a signature not batched")
+            tickets = [
+                Ticket(self._bundles, client, id_, route, rows, now + millis * 1e-3 if millis else inf, now)
+                for id_, millis, rows in parts
+            ]
+            refused = route.generation.place_all(tickets, frames[1:], now)
+        except PoolError as e:
+            for id_, _, _ in parts:
+                self._refuse(client, id_, e)
+            return len(parts)
+        for ticket, error in refused:
+            self._refuse(client, ticket.id, error)
+        self.requests += len(parts) - len(refused)
+        self._engine.flush(route.generation, now)
+        return len(parts)
+
+    def _admit(self, client: bytes, header: Header, frames: list[memoryview], now: float) -> None:
+        route = self._find_route(header.meta)
         deadline = now + header.millis * 1e-3 if header.millis else inf
         ticket = Ticket(self, client, header.id, route, header.rows, deadline, now)
         route.generation.place(ticket, frames, now)
@@ -303,16 +341,17 @@ class Endpoint:
         """Send rows of a finished slot: small answers are copied, large ones leave from the slot itself."""
         generation = tickets[0].route.generation
         numeric, row_bytes_all = reply.numeric, reply.row_bytes
-        head, meta, pack = reply.head, reply.meta, _ID_MILLIS_ROWS.pack
+        head, meta, pack = reply.head, reply.meta, HEAD.pack
         view, send = generation.views[slot.index], self._send
         last = len(reply.row_shapes) - 1
         header_flags = _MORE if last >= 0 else _NOBLOCK
         sent = 0
         for ticket in tickets:
             rows = ticket.rows
-            header = head + pack(ticket.id, 0, rows) + meta
+            header = pack(head, ticket.id, 0, rows) + meta
             if numeric is None or rows * row_bytes_all >= ZERO_COPY_BYTES:
-                self._send_payloads(ticket.client, header, self._payloads(generation, reply, slot, ticket))
+                payloads = self._payloads(generation, reply, slot, ticket.start, rows)
+                self._send_payloads(ticket.client, header, payloads)
                 continue
             try:
                 send(ticket.client, _MORE)
@@ -328,6 +367,16 @@ class Endpoint:
         self.replies += sent
         self._again()
 
+    def send_bundle(self, tickets: Sequence[Ticket], reply: Reply, slot: Slot) -> None:
+        """Send the answers of tickets of one client, whose rows follow each other, in one message."""
+        first, last = tickets[0], tickets[-1]
+        rows = last.start + last.rows - first.start
+        header = HEAD.pack(reply.bundle_head, 0, 0, rows) + reply.meta
+        pack = PART.pack
+        table = b"".join([pack(ticket.id, 0, ticket.rows) for ticket in tickets])
+        payloads = self._payloads(first.route.generation, reply, slot, first.start, rows)
+        self._send_payloads(first.client, header, [table, *payloads], len(tickets))
+
     def send_frames(self, ticket: Ticket, reply: Reply, frames: list[bytes]) -> None:
         """Send a result joined from several batches."""
         header = Header(Kind.RESULT, ticket.id, reply.meta, rows=ticket.rows, flags=reply.flags)
@@ -338,27 +387,32 @@ class Endpoint:
         self._refuse(ticket.client, ticket.id, error)
 
     def _payloads(
-        self, generation: Generation, reply: Reply, slot: Slot, ticket: Ticket
+        self, generation: Generation, reply: Reply, slot: Slot, start: int, rows: int
     ) -> list[memoryview | bytes | npt.NDArray[np.uint8]]:
-        if reply.numeric is None:
-            return list(reply.payloads(generation.views[slot.index], ticket.start, ticket.rows))
+        """The tensor frames for some rows: views of the slot, pinned if they are to be sent as they are."""
+        if reply.numeric is None or rows * reply.row_bytes < ZERO_COPY_BYTES:
+            return list(reply.payloads(generation.views[slot.index], start, rows))
         memory = generation.arena.slots[slot.index]
         payloads: list[memoryview | bytes | npt.NDArray[np.uint8]] = []
         for offset, row_bytes in reply.numeric:
-            at = offset + ticket.start * row_bytes
-            payload = memory[at : at + ticket.rows * row_bytes]
+            at = offset + start * row_bytes
+            payload = memory[at : at + rows * row_bytes]
             self._engine.pin(generation, slot, payload)
             payloads.append(payload)
         return payloads
 
     def _send_payloads(
-        self, client: bytes, header: bytes, payloads: Sequence[memoryview | bytes | npt.NDArray[np.uint8]]
+        self,
+        client: bytes,
+        header: bytes,
+        payloads: Sequence[memoryview | bytes | npt.NDArray[np.uint8]],
+        replies: int = 1,
     ) -> None:
         send = self._send
         try:
             send(client, _MORE)
         except zmq.ZMQError as e:
-            self._drop(e)
+            self._drop(e, replies)
             return
         last = len(payloads) - 1
         send(header, _MORE if last >= 0 else _NOBLOCK)
@@ -366,18 +420,53 @@ class Endpoint:
             flags = _MORE if i < last else _NOBLOCK
             # pyzmq itself copies what is below its own threshold (64 KiB), pinned or not.
             send(payload, flags, not isinstance(payload, np.ndarray))
-        self.replies += 1
+        self.replies += replies
         self._again()
 
     def _refuse(self, client: bytes, id_: int, error: PoolError) -> None:
         self.errors[error.code] = self.errors.get(error.code, 0) + 1
         self._send_payloads(client, wire.encode_error(id_, error), ())
 
-    def _drop(self, e: zmq.ZMQError) -> None:
+    def _drop(self, e: zmq.ZMQError, replies: int = 1) -> None:
         """The client is gone (EHOSTUNREACH) or does not read (EAGAIN): nobody waits for this reply."""
         if e.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
             raise e
-        self.dropped += 1
+        self.dropped += replies
+
+
+class Bundles:
+    """The sink of requests that came in bundles: their answers may leave in bundles too.
+
+    Args:
+        endpoint: Sends them.
+    """
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self.send_frames = endpoint.send_frames
+        self.send_error = endpoint.send_error
+
+    def send_results(self, tickets: Sequence[Ticket], reply: Reply, slot: Slot) -> None:
+        """Send together what belongs to one client and lies together in the slot."""
+        if reply.numeric is None:
+            self._endpoint.send_results(tickets, reply, slot)
+            return
+        run: list[Ticket] = []
+        client, end = None, -1
+        for ticket in tickets:
+            if ticket.start != end or ticket.client != client:
+                self._send_run(run, reply, slot)
+                run = []
+                client = ticket.client
+            run.append(ticket)
+            end = ticket.start + ticket.rows
+        self._send_run(run, reply, slot)
+
+    def _send_run(self, run: list[Ticket], reply: Reply, slot: Slot) -> None:
+        if len(run) > 1:
+            self._endpoint.send_bundle(run, reply, slot)
+        elif run:
+            self._endpoint.send_results(run, reply, slot)
 
 
 def _prepare_ipc(path: str) -> None:

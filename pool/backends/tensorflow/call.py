@@ -52,7 +52,11 @@ def as_array(tensor: Tensor, dtype: str) -> Array:
 
 
 def bind(
-    function: Function, signature: Signature, keywords: Sequence[str], inputs: Sequence[Array]
+    function: Function,
+    signature: Signature,
+    keywords: Sequence[str],
+    inputs: Sequence[Array],
+    owner: object,
 ) -> BoundCall:
     """A call of `function` on exactly these arrays; see `pool.backends.Model.bind`.
 
@@ -61,17 +65,20 @@ def bind(
         signature: Names and dtypes.
         keywords: The name each of the function's flat inputs goes by.
         inputs: In the signature's order.
+        owner: Kept alive by the call: the runtime forgets functions and variables when their owner goes.
     """
     named = zip(signature.inputs, inputs, strict=True)
     tensors = {spec.name: as_tensor(array, spec.dtype) for spec, array in named}
     assert tensors.keys() == set(keywords)
     try:
-        return _bind_direct(function, signature.outputs, [tensors[name] for name in keywords])
+        return _bind_direct(function, signature.outputs, [tensors[name] for name in keywords], owner)
     except AttributeError:
-        return _bind_by_keyword(function, signature.outputs, tensors)
+        return _bind_by_keyword(function, signature.outputs, tensors, owner)
 
 
-def _bind_direct(function: Function, outputs: tuple[TensorSpec, ...], tensors: list[Tensor]) -> BoundCall:
+def _bind_direct(
+    function: Function, outputs: tuple[TensorSpec, ...], tensors: list[Tensor], owner: object
+) -> BoundCall:
     """Raises AttributeError where TensorFlow's insides are not what they were in 2.16 to 2.21."""
     from tensorflow.python import pywrap_tfe
     from tensorflow.python.eager import context
@@ -91,15 +98,14 @@ def _bind_direct(function: Function, outputs: tuple[TensorSpec, ...], tensors: l
         raise AttributeError("outputs are not one tensor each")
     picks = [position[spec.name] for spec in outputs]
 
-    # The runtime forgets a function by name when its Python object goes: each call keeps it.
-    def run(_kept: Function = function) -> list[Array]:
+    def run(_owner: object = owner) -> list[Array]:
         try:
             results = execute(handle, device, name, arguments, attributes, count)
             return [results[pick]._numpy() for pick in picks]
         except Exception as error:
             raise _model_error(error) from None
 
-    def run_boxed(_kept: Function = function) -> list[Array]:
+    def run_boxed(_owner: object = owner) -> list[Array]:
         try:
             results = execute(handle, device, name, arguments, attributes, count)
             return [as_array(results[pick], spec.dtype) for pick, spec in zip(picks, outputs, strict=True)]
@@ -111,9 +117,9 @@ def _bind_direct(function: Function, outputs: tuple[TensorSpec, ...], tensors: l
 
 
 def _bind_by_keyword(
-    function: Function, outputs: tuple[TensorSpec, ...], tensors: dict[str, Tensor]
+    function: Function, outputs: tuple[TensorSpec, ...], tensors: dict[str, Tensor], owner: object
 ) -> BoundCall:
-    def run() -> list[Array]:
+    def run(_owner: object = owner) -> list[Array]:
         try:
             results = function(**tensors)
             return [as_array(results[spec.name], spec.dtype) for spec in outputs]

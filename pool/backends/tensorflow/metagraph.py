@@ -117,6 +117,12 @@ def unlifted_variables(function: Function) -> tuple[list[Any], list[str]]:
     return handles, references
 
 
+def destroy(handles: list[Any]) -> None:
+    """Free unlifted variables, which the runtime would keep until the process ends."""
+    for found in handles:
+        tf.raw_ops.DestroyResourceOp(resource=found, ignore_lookup_error=True)
+
+
 def handle(operation: Any) -> Any:
     """An eager handle of the variable that a VarHandleOp node stands for."""
     return tf.raw_ops.VarHandleOp(

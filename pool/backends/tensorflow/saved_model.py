@@ -8,6 +8,7 @@ So a SavedModel is loaded without its checkpoint, and each variable is assigned 
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,7 @@ def load(path: str, weights: Sequence[Array] | None) -> SavedModel:
     root: Any = None
     skipped: dict[str, str] = {}
     not_revived = ""
+    by_metagraph = False
     if has_objects:
         options = tf.saved_model.LoadOptions(experimental_skip_checkpoint=shared)
         try:
@@ -52,13 +54,14 @@ def load(path: str, weights: Sequence[Array] | None) -> SavedModel:
     if root is None:
         try:
             root, skipped = metagraph.load(path, skip_checkpoint=shared)
+            by_metagraph = True
         except Exception as error:
             reason = call.describe(error)
             if not_revived and not_revived != reason:
                 reason += f"; and its objects cannot be revived: {not_revived}"
             raise ModelLoadError(f"{path}: {reason}") from None
 
-    model = SavedModel(path, root, skipped, state)
+    model = SavedModel(path, root, skipped, state, by_metagraph=by_metagraph)
     if weights is not None:
         model.adopt(weights)
     return model
@@ -87,18 +90,23 @@ class SavedModel:
         root: The loaded object; its `signatures` attribute maps names to concrete functions.
         skipped: Signatures that could not be loaded, with the reason.
         state: An operation of the graph that keeps state outside of variables, or ''.
+        by_metagraph: Whether `root` was loaded by its MetaGraph.
 
     Raises:
         ModelLoadError: no signature is servable.
     """
 
-    def __init__(self, path: str, root: Any, skipped: dict[str, str], state: str) -> None:
+    def __init__(
+        self, path: str, root: Any, skipped: dict[str, str], state: str, *, by_metagraph: bool
+    ) -> None:
         self._path = path
         self._root = root  # owns tables and initialisers that functions refer to by handle only
         self._state = state
         self._functions: dict[str, Function] = {}
         self._keywords: dict[str, list[str]] = {}
         self._signatures: dict[str, Signature] = {}
+        self._unlifted: dict[str, _Variable] = {}
+        self._references: list[str] = []
         self.skipped = dict(skipped)
         # "serving_default" first, because the first is what a request without a signature's name means.
         for name in sorted(root.signatures, key=lambda name: (name != "serving_default", name)):
@@ -113,6 +121,11 @@ class SavedModel:
             self._functions[name] = function
             self._keywords[name] = keywords
             self._signatures[name] = signature
+            if by_metagraph:
+                self._find_unlifted(function)
+        if self._unlifted:
+            handles = [variable.handle for variable in self._unlifted.values()]
+            weakref.finalize(self, metagraph.destroy, handles).atexit = False
         if not self._signatures:
             reasons = "; ".join(f"{name!r} {reason}" for name, reason in sorted(self.skipped.items()))
             raise ModelLoadError(f"{path} has no servable signature: {reasons or 'it was saved without any'}")
@@ -131,7 +144,7 @@ class SavedModel:
         found = self._signatures.get(signature)
         if found is None:
             raise SignatureNotFound(f"no signature {signature!r}; wanted one of {sorted(self._signatures)}")
-        return call.bind(self._functions[signature], found, self._keywords[signature], inputs)
+        return call.bind(self._functions[signature], found, self._keywords[signature], inputs, owner=self)
 
     def texts(self, signature: str) -> tuple[bytes, ...]:
         """Serialized `tf.train.Example`s the signature's parsing operations would take."""
@@ -185,6 +198,8 @@ class SavedModel:
         """
         if self._state:
             raise ModelLoadError(f"the model keeps state outside of variables ({self._state})")
+        if self._references:
+            raise ModelLoadError(f"{self._references[0]!r} is a reference variable, which cannot be shared")
         found: dict[Any, _Variable] = {}
         for name in sorted(self._functions):
             function = self._functions[name]
@@ -195,14 +210,15 @@ class SavedModel:
                     found[id(captured)] = _Variable(
                         variable.name.removesuffix(":0"), variable.dtype, variable.shape, captured
                     )
-            nodes, references = metagraph.unlifted_variables(function)
-            if references:
-                raise ModelLoadError(f"{references[0]!r} is a reference variable, which cannot be shared")
-            for node in nodes:
-                shape = tf.TensorShape(node.get_attr("shape"))
-                handle = metagraph.handle(node)
-                found[node.name] = _Variable(node.name, node.get_attr("dtype"), shape, handle)
-        return list(found.values())
+        return [*found.values(), *self._unlifted.values()]
+
+    def _find_unlifted(self, function: Function) -> None:
+        nodes, references = metagraph.unlifted_variables(function)
+        self._references.extend(references)
+        for node in nodes:
+            if node.name not in self._unlifted:
+                dtype, shape = node.get_attr("dtype"), tf.TensorShape(node.get_attr("shape"))
+                self._unlifted[node.name] = _Variable(node.name, dtype, shape, metagraph.handle(node))
 
 
 def _keywords(function: Function) -> list[str]:
