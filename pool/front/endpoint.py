@@ -14,8 +14,6 @@ import asyncio
 import errno
 import logging
 import os
-import socket
-import stat
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -28,10 +26,14 @@ import zmq
 
 from pool import wire
 from pool.config import ServerConfig
-from pool.errors import ConfigError, InternalError, InvalidInput, PoolError, WireError
-from pool.front.admission import Generation, Reply, Route, frame_size_error
+from pool.errors import InternalError, InvalidInput, PoolError, WireError
 from pool.front.batcher import Slot, Ticket
+from pool.front.binding import bind
+from pool.front.bundles import Bundles
+from pool.front.columns import frame_size_error
 from pool.front.engine import Engine
+from pool.front.generation import Generation, Route
+from pool.front.replies import Reply
 from pool.wire import FIXED_BYTES, HEAD, HEAD_BYTES, PART, Flag, Header, Kind, PredictMeta, SignatureMeta
 
 if TYPE_CHECKING:
@@ -103,16 +105,9 @@ class Endpoint:
             ConfigError: an address cannot be bound; the sentence says which and why.
         """
         for endpoint in self.endpoints:
-            if endpoint.startswith("ipc://"):
-                _prepare_ipc(endpoint.removeprefix("ipc://"))
-            try:
-                self._router.bind(endpoint)
-            except zmq.ZMQError as e:
-                raise ConfigError(f"endpoint {endpoint}: cannot bind: {e.strerror}") from None
-            if endpoint.startswith("ipc://"):
-                path = endpoint.removeprefix("ipc://")
+            path = bind(self._router, endpoint, self._config.ipc_permissions)
+            if path is not None:
                 self._socket_files.append(path)
-                os.chmod(path, self._config.ipc_permissions)
         self._fd = int(self._router.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self._drain)
         self._again()
@@ -432,63 +427,3 @@ class Endpoint:
         if e.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
             raise e
         self.dropped += replies
-
-
-class Bundles:
-    """The sink of requests that came in bundles: their answers may leave in bundles too.
-
-    Args:
-        endpoint: Sends them.
-    """
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._endpoint = endpoint
-        self.send_frames = endpoint.send_frames
-        self.send_error = endpoint.send_error
-
-    def send_results(self, tickets: Sequence[Ticket], reply: Reply, slot: Slot) -> None:
-        """Send together what belongs to one client and lies together in the slot."""
-        if reply.numeric is None:
-            self._endpoint.send_results(tickets, reply, slot)
-            return
-        run: list[Ticket] = []
-        client, end = None, -1
-        for ticket in tickets:
-            if ticket.start != end or ticket.client != client:
-                self._send_run(run, reply, slot)
-                run = []
-                client = ticket.client
-            run.append(ticket)
-            end = ticket.start + ticket.rows
-        self._send_run(run, reply, slot)
-
-    def _send_run(self, run: list[Ticket], reply: Reply, slot: Slot) -> None:
-        if len(run) > 1:
-            self._endpoint.send_bundle(run, reply, slot)
-        elif run:
-            self._endpoint.send_results(run, reply, slot)
-
-
-def _prepare_ipc(path: str) -> None:
-    """Make the socket's directory, and make sure no living server listens there.
-
-    A socket file left behind by a killed server does not matter: ZeroMQ replaces it.
-
-    Raises:
-        ConfigError: something else is there, or a server answers.
-    """
-    try:
-        os.makedirs(os.path.dirname(path), mode=0o750, exist_ok=True)
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        return
-    except OSError as e:
-        raise ConfigError(f"endpoint ipc://{path}: {e.strerror}") from None
-    if not stat.S_ISSOCK(mode):
-        raise ConfigError(f"endpoint ipc://{path}: a file that is not a socket is there")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except OSError:
-            return
-    raise ConfigError(f"endpoint ipc://{path}: another server is listening there")

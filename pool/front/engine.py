@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 import weakref
 from math import inf
 from typing import Any
 
-import msgspec
 import numpy as np
-import psutil
 
 from pool.config import Config, ModelConfig
 from pool.errors import (
@@ -30,10 +27,12 @@ from pool.errors import (
     VersionNotFound,
     WorkerLost,
 )
-from pool.front.admission import Generation, Route, Sink
 from pool.front.batcher import Slot, Ticket
-from pool.front.supervisor import Replicas, Supervisor, Worker
-from pool.shm.control import LoadReport
+from pool.front.generation import Generation, Route
+from pool.front.replicas import Replicas, Worker
+from pool.front.replies import Sink
+from pool.front.status import read_status
+from pool.front.supervisor import Supervisor
 from pool.shm.doorbell import Message, Ring
 from pool.wire import PredictMeta
 
@@ -81,7 +80,6 @@ class Engine:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = inf
         self._idle: asyncio.Event = asyncio.Event()
-        self._process = psutil.Process()
         self.is_draining = False
 
     # -- life ---------------------------------------------------------------------------------------
@@ -349,85 +347,5 @@ class Engine:
         }
 
     async def status(self) -> dict[str, Any]:
-        """The engine's part of the status document (`docs/operations.md`).
-
-        Reading a process's memory map takes the kernel milliseconds, so it is done in a thread.
-        """
-        pids = [zygote.pid for zygote in self._supervisor.zygotes.values()]
-        for model in self.models.values():
-            if model.replicas is not None:
-                pids += [worker.pid for worker in model.replicas.workers]
-        known = [pid for pid in pids if pid is not None]
-        usage = await self._loop.run_in_executor(None, measure_processes, [*known, os.getpid()])
-        return {
-            "front": usage[os.getpid()],
-            "zygotes": [
-                {"backend": zygote.backend, **usage[zygote.pid]}
-                for zygote in self._supervisor.zygotes.values()
-                if zygote.pid is not None
-            ],
-            "models": {name: self._model_status(model, usage) for name, model in self.models.items()},
-        }
-
-    def _model_status(self, model: ServedModel, usage: dict[int, dict[str, Any]]) -> dict[str, Any]:
-        document: dict[str, Any] = {
-            "state": model.state,
-            "failure": model.failure,
-            "batches": model.batches,
-            "rows": model.rows,
-            "batch_sizes": {str(rows): n for rows, n in sorted(model.batch_sizes.items())},
-        }
-        generation, replicas = model.generation, model.replicas
-        if generation is not None:
-            arena = generation.arena
-            document |= describe_report(generation.report, len(arena.slots), arena.slot_bytes)
-            document["max_batch_size"] = generation.config.max_batch_size
-            document["queue_rows"] = generation.batcher.queue_rows
-        if replicas is not None:
-            nothing = {"pid": None, "cpu_s": 0.0, "uss_bytes": 0, "pss_bytes": 0}
-            document["workers"] = [
-                {
-                    "index": worker.index,
-                    "state": worker.state.value,
-                    "device": worker.device,
-                    "batches": worker.batches,
-                    "rows": worker.rows,
-                    "restarts": worker.restarts,
-                    "ready_s": worker.ready_s,
-                    "last_error": worker.last_error,
-                    **(usage.get(worker.pid or 0) or nothing),
-                }
-                for worker in replicas.workers
-            ]
-        return document
-
-
-def describe_report(report: LoadReport, slots: int, slot_bytes: int) -> dict[str, Any]:
-    """What is known of a loaded model, for `pool status` and `pool check`."""
-    return {
-        "version": report.version,
-        "signatures": [msgspec.to_builtins(signature) for signature in report.signatures],
-        "skipped": report.skipped,
-        "weights_bytes": report.weights_bytes,
-        "weights_shared": report.weights_shared,
-        "unshared_reason": report.unshared_reason,
-        "arena_bytes": slots * slot_bytes,
-        "slots": slots,
-        "slot_bytes": slot_bytes,
-    }
-
-
-def measure_processes(pids: list[int]) -> dict[int, dict[str, Any]]:
-    """CPU seconds and memory of processes; zeros for one that is gone."""
-    usage = {}
-    for pid in pids:
-        entry: dict[str, Any] = {"pid": pid, "cpu_s": 0.0, "uss_bytes": 0, "pss_bytes": 0}
-        try:
-            process = psutil.Process(pid)
-            times = process.cpu_times()
-            memory = process.memory_full_info()
-            entry |= {"cpu_s": times.user + times.system, "uss_bytes": memory.uss, "pss_bytes": memory.pss}
-        except psutil.Error:
-            pass  # it ended between the list and the look
-        usage[pid] = entry
-    return usage
+        """The engine's part of the status document (`docs/operations.md`)."""
+        return await read_status(self.models.values(), self._supervisor.zygotes.values())

@@ -16,9 +16,10 @@ import uvloop
 from pool.config import Config
 from pool.endpoints import default_endpoint
 from pool.errors import ConfigError, PoolError
-from pool.front.admission import plan_arena
 from pool.front.endpoint import Endpoint
-from pool.front.engine import Engine, describe_report
+from pool.front.engine import Engine
+from pool.front.sizing import plan_arena
+from pool.front.status import describe_report
 from pool.front.supervisor import Supervisor
 
 log = logging.getLogger("pool")

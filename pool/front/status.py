@@ -1,0 +1,107 @@
+"""The status document: what is served, by which processes, at what cost. Runs in the front.
+
+Read by `pool status`, `pool check` and `Client.status()`; its fields are told in `docs/operations.md`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import psutil
+
+from pool.front.zygotes import Zygote
+from pool.shm.control import LoadReport
+
+if TYPE_CHECKING:
+    from pool.front.engine import ServedModel
+
+Usage = dict[str, Any]
+
+
+async def read_status(models: Iterable[ServedModel], zygotes: Iterable[Zygote]) -> dict[str, Any]:
+    """The part of the document that the engine knows.
+
+    Reading a process's memory map takes the kernel milliseconds, so it is done in a thread.
+    """
+    models, zygotes = list(models), [zygote for zygote in zygotes if zygote.pid is not None]
+    pids = [os.getpid(), *(zygote.pid for zygote in zygotes)]
+    for model in models:
+        if model.replicas is not None:
+            pids += [worker.pid for worker in model.replicas.workers]
+    known = [pid for pid in pids if pid is not None]
+    usage = await asyncio.get_running_loop().run_in_executor(None, measure_processes, known)
+    return {
+        "front": usage[os.getpid()],
+        "zygotes": [{"backend": zygote.backend, **usage[zygote.pid or 0]} for zygote in zygotes],
+        "models": {model.name: _model_status(model, usage) for model in models},
+    }
+
+
+def _model_status(model: ServedModel, usage: dict[int, Usage]) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "state": model.state,
+        "failure": model.failure,
+        "batches": model.batches,
+        "rows": model.rows,
+        "batch_sizes": {str(rows): n for rows, n in sorted(model.batch_sizes.items())},
+    }
+    generation, replicas = model.generation, model.replicas
+    if generation is not None:
+        arena = generation.arena
+        document |= describe_report(generation.report, len(arena.slots), arena.slot_bytes)
+        document["max_batch_size"] = generation.config.max_batch_size
+        document["queue_rows"] = generation.batcher.queue_rows
+    if replicas is not None:
+        document["workers"] = [
+            {
+                "index": worker.index,
+                "state": worker.state.value,
+                "device": worker.device,
+                "batches": worker.batches,
+                "rows": worker.rows,
+                "restarts": worker.restarts,
+                "ready_s": worker.ready_s,
+                "last_error": worker.last_error,
+                **(usage.get(worker.pid or 0) or _usage(None)),
+            }
+            for worker in replicas.workers
+        ]
+    return document
+
+
+def describe_report(report: LoadReport, slots: int, slot_bytes: int) -> dict[str, Any]:
+    """What is known of a loaded model."""
+    return {
+        "version": report.version,
+        "signatures": [msgspec.to_builtins(signature) for signature in report.signatures],
+        "skipped": report.skipped,
+        "weights_bytes": report.weights_bytes,
+        "weights_shared": report.weights_shared,
+        "unshared_reason": report.unshared_reason,
+        "arena_bytes": slots * slot_bytes,
+        "slots": slots,
+        "slot_bytes": slot_bytes,
+    }
+
+
+def measure_processes(pids: Iterable[int]) -> dict[int, Usage]:
+    """CPU seconds and memory of processes; zeros for one that is gone."""
+    usage = {}
+    for pid in pids:
+        usage[pid] = _usage(pid)
+        try:
+            process = psutil.Process(pid)
+            times = process.cpu_times()
+            memory = process.memory_full_info()
+        except psutil.Error:
+            continue  # it ended between the list and the look
+        usage[pid] |= {"cpu_s": times.user + times.system, "uss_bytes": memory.uss, "pss_bytes": memory.pss}
+    return usage
+
+
+def _usage(pid: int | None) -> Usage:
+    return {"pid": pid, "cpu_s": 0.0, "uss_bytes": 0, "pss_bytes": 0}
