@@ -89,6 +89,7 @@ class Endpoint:
         self._bundles = Bundles(self)
         self._socket_files: list[str] = []
         self._routes: dict[bytes, Route] = {}
+        engine.on_unserved = self._routes.clear
         self._fd = -1
         self._is_scheduled = False
         self.requests = 0
@@ -279,10 +280,6 @@ class Endpoint:
         route.generation.place(ticket, frames, now)
         self.requests += 1
         self._engine.flush(route.generation, now)
-
-    def forget_routes(self) -> None:
-        """Resolve every header anew: what is served has changed, or nothing is admitted any more."""
-        self._routes.clear()
 
     # -- questions ----------------------------------------------------------------------------------
 

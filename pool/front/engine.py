@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 import weakref
+from collections.abc import Callable
 from math import inf
 from typing import Any
 
@@ -31,6 +32,7 @@ from pool.front.batcher import Slot, Ticket
 from pool.front.generation import Generation, Route
 from pool.front.replicas import Replicas, Worker
 from pool.front.replies import Sink
+from pool.front.states import WorkerState
 from pool.front.status import read_status
 from pool.front.supervisor import Supervisor
 from pool.shm.doorbell import Message, Ring
@@ -69,9 +71,16 @@ class Engine:
 
     Args:
         config: Checked.
+
+    Attributes:
+        models: All of the config, by name.
+        is_draining: Whether new requests are refused.
+        on_unserved: Called when a route resolved earlier may be served no more: whoever keeps routes
+            resolves them anew.
     """
 
     def __init__(self, config: Config) -> None:
+        self.on_unserved: Callable[[], None] = lambda: None
         self._loop = asyncio.get_running_loop()
         self._config = config
         self._supervisor = Supervisor()
@@ -132,6 +141,7 @@ class Engine:
             Whether all was finished in time.
         """
         self.is_draining = True
+        self.on_unserved()
         self._note_idle()
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
@@ -178,7 +188,7 @@ class Engine:
         if self.is_draining:
             raise Unavailable("the server is stopping")
         if model.state != "ready" or model.generation is None:
-            raise Unavailable(f"model {name!r} is {model.state}")
+            raise Unavailable(f"model {name!r} is {model.state}" + (model.failure and f": {model.failure}"))
         if version is not None and version != model.generation.version:
             raise VersionNotFound(
                 f"model {name!r} has no version {version}; wanted {model.generation.version}"
@@ -310,7 +320,21 @@ class Engine:
             rows = slot.rows
             tickets = generation.batcher.reap(slot)
             self._refuse(tickets, WorkerLost(f"the worker running the batch of {rows} rows ended: {how}"))
+        self._give_up_if_failed(generation, how)
         self._note_idle()
+
+    def _give_up_if_failed(self, generation: Generation, how: str) -> None:
+        """With its last worker given up, a model's waiting requests would wait for nobody."""
+        model = self.models[generation.model]
+        assert model.replicas is not None
+        if any(worker.state is not WorkerState.FAILED for worker in model.replicas.workers):
+            return
+        model.state, model.failure = "failed", f"its workers keep ending: {how}"
+        log.error("model failed model=%s reason=%s", model.name, model.failure)
+        self.on_unserved()
+        lost = Unavailable(f"model {model.name!r} is failed: {model.failure}")
+        for ticket in generation.batcher.drop_waiting():
+            ticket.sink.send_error(ticket, lost)
 
     # -- looking ------------------------------------------------------------------------------------
 
@@ -330,7 +354,9 @@ class Engine:
             name: model.state == "ready"
             and not self.is_draining
             and model.replicas is not None
-            and any(worker.state.value in ("ready", "busy") for worker in model.replicas.workers)
+            and any(
+                worker.state in (WorkerState.READY, WorkerState.BUSY) for worker in model.replicas.workers
+            )
             for name, model in self.models.items()
         }
 

@@ -59,7 +59,7 @@ async def _serve(config: Config) -> int:
         endpoint.open()
         log.info("listening %s", " ".join(endpoint.endpoints))
         starting = loop.create_task(engine.start())
-        code = await _run(config, engine, endpoint, starting, stopping, hurrying)
+        code = await _run(config, engine, starting, stopping, hurrying)
     except ConfigError as e:
         log.error("%s", e.message)
         code = EXIT_CONFIG
@@ -79,7 +79,6 @@ async def _serve(config: Config) -> int:
 async def _run(
     config: Config,
     engine: Engine,
-    endpoint: Endpoint,
     starting: asyncio.Task[None],
     stopping: asyncio.Event,
     hurrying: asyncio.Event,
@@ -98,7 +97,6 @@ async def _run(
     finally:
         stop.cancel()
     log.info("draining timeout_s=%g", config.server.drain_timeout_s)
-    endpoint.forget_routes()
     drain = loop.create_task(engine.drain(config.server.drain_timeout_s))
     hurry = loop.create_task(hurrying.wait())
     await asyncio.wait([drain, hurry], return_when=asyncio.FIRST_COMPLETED)
