@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -32,46 +33,52 @@ def at_most(what: str, value: float, unit: str, goal: float) -> Figure:
     return Figure(what, value, unit, f"<= {goal:g}", value <= goal)
 
 
+def fact(what: str, value: float, unit: str) -> Figure:
+    return Figure(what, value, unit, "", True)
+
+
 def mlp(rounds: int) -> list[Figure]:
     """784-256-10 dense layers, one-row requests, one worker, one client process."""
     path = models.path("mlp")
-    pooled, alone, latency, direct, front = [], [], [], [], []
+    seen: dict[str, list[float]] = defaultdict(list)
     bare64, bare1 = Bare(path, 64, 1), Bare(path, 1, 1)
     with server(path, workers=1, threads=1) as running:
         running.load("--concurrency", 256, "--requests", 30_000)
         for _ in range(rounds):
-            alone.append(bare64.measure(1.5)["rows_per_s"])
-            busy = running.load("--concurrency", 256, "--requests", 150_000)
-            pooled.append(busy["requests_per_s"])
-            front.append(busy["server_cpu_us_per_request"]["front"])
-            direct.append(bare1.measure(1.0)["p50_ms"])
-            latency.append(running.load("--concurrency", 1, "--requests", 5_000)["p50_ms"])
+            for call in ("documented", "cheapest"):
+                seen[f"{call} 64"].append(bare64.measure(call, 1.0)["rows_per_s"])
+            busy = running.load("--concurrency", 256, "--requests", 200_000)
+            seen["256"].append(busy["requests_per_s"])
+            seen["front"].append(busy["server_cpu_us_per_request"]["front"])
+            for call in ("documented", "cheapest"):
+                seen[f"{call} 1"].append(bare1.measure(call, 1.0)["p50_ms"])
+            seen["1"].append(running.load("--concurrency", 1, "--requests", 5_000)["p50_ms"])
     bare64.close()
     bare1.close()
+
+    def ratio(of: str, to: str) -> float:
+        return median(a / b for a, b in zip(seen[of], seen[to], strict=True))
+
     return [
-        at_least("MLP, 256 in flight", median(pooled), "requests/s", 60_000),
+        at_least("MLP, 256 in flight", median(seen["256"]), "requests/s", 60_000),
         at_least(
-            "MLP, 256 in flight, share of the bare batch-64 rate",
-            median(p / a for p, a in zip(pooled, alone, strict=True)),
-            "",
-            0.45,
+            "  share of the documented in-process call, batch 64", ratio("256", "documented 64"), "", 0.45
         ),
-        Figure("MLP, bare in-process, batch 64", median(alone), "rows/s", "", True),
-        at_most(
-            "MLP, 1 in flight, p50 against the bare call",
-            median(p / d for p, d in zip(latency, direct, strict=True)),
-            "x",
-            1.6,
-        ),
-        Figure("MLP, 1 in flight, p50", median(latency), "ms", "", True),
-        Figure("MLP, bare in-process call of 1 row, p50", median(direct), "ms", "", True),
-        at_most("MLP, 256 in flight, CPU of the front", median(front), "us/request", 9),
+        fact("  share of the cheapest in-process call, batch 64", ratio("256", "cheapest 64"), ""),
+        fact("  documented call, batch 64", median(seen["documented 64"]), "rows/s"),
+        fact("  cheapest call, batch 64", median(seen["cheapest 64"]), "rows/s"),
+        at_most("  CPU of the front", median(seen["front"]), "us/request", 9),
+        fact("MLP, 1 in flight, p50", median(seen["1"]), "ms"),
+        at_most("  against the documented in-process call", ratio("1", "documented 1"), "x", 1.6),
+        fact("  against the cheapest in-process call", ratio("1", "cheapest 1"), "x"),
+        fact("  documented call, 1 row, p50", median(seen["documented 1"]), "ms"),
+        fact("  cheapest call, 1 row, p50", median(seen["cheapest 1"]), "ms"),
     ]
 
 
 def memory(rounds: int) -> list[Figure]:
     """12 dense layers of 4096x4096, 805 MB of weights: what each further worker costs."""
-    path = models.path("dense_805mb")
+    path = models.path("big")
     figures = []
     for workers, goal in ((1, 1.25), (2, 1.30), (4, 1.40)):
         pss, starts = [], []
@@ -96,7 +103,7 @@ def mobilenet(rounds: int) -> list[Figure]:
         running.load("--concurrency", 32, "--requests", 200)
         for _ in range(rounds):
             for process in bare:
-                process.start(6.0)
+                process.start("cheapest", 6.0)
             alone.append(sum(process.result()["rows_per_s"] for process in bare))
             pooled.append(running.load("--concurrency", 32, "--requests", 1_500)["requests_per_s"])
     for process in bare:
@@ -104,8 +111,8 @@ def mobilenet(rounds: int) -> list[Figure]:
     share = median(p / a for p, a in zip(pooled, alone, strict=True))
     return [
         at_least("MobileNetV2, 32 in flight, share of two bare copies", share, "", 0.95),
-        Figure("MobileNetV2, 32 in flight", median(pooled), "images/s", "", True),
-        Figure("MobileNetV2, two bare copies side by side, batch 8", median(alone), "images/s", "", True),
+        fact("MobileNetV2, 32 in flight", median(pooled), "images/s"),
+        fact("MobileNetV2, two bare copies side by side, batch 8", median(alone), "images/s"),
     ]
 
 

@@ -1,7 +1,10 @@
-"""The ceiling: one process that calls the model in a loop, by the cheapest call pool itself knows.
+"""The model without pool: one process that calls it in a loop.
 
 `python -m bench.bare PATH --rows R --threads T [--core C]` warms up, prints a line, and then for each
-line with a number of seconds on stdin prints one JSON line with what it reached.
+line "CALL SECONDS" on stdin prints one JSON line with what it reached. CALL is one of
+
+    documented   `signature(**inputs)` as TensorFlow documents it: numpy array in, numpy array out
+    cheapest     the call pool's own workers make, on tensors prepared once: the ceiling
 """
 
 from __future__ import annotations
@@ -11,12 +14,13 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 
-from pool.backends import find_backend
+from pool.backends import Array, find_backend
 from pool.config import Placement
 from pool.sample import sample_inputs
 
@@ -36,21 +40,41 @@ def main() -> None:
     model = backend.load(path, None)
     signature = next((s for s in model.signatures if s.name == "serving_default"), model.signatures[0])
     inputs = sample_inputs(signature, args.rows)
-    call = model.bind(signature.name, [inputs[spec.name] for spec in signature.inputs])
-    for _ in range(20):
-        call()
+    calls: dict[str, Callable[[], object]] = {
+        "cheapest": model.bind(signature.name, [inputs[spec.name] for spec in signature.inputs]),
+        "documented": documented(path, signature.name, inputs),
+    }
+    for call in calls.values():
+        for _ in range(20):
+            call()
     print(json.dumps({"warm": True}), flush=True)
     for line in sys.stdin:
-        seconds = float(line)
-        times = []
-        begin = last = time.perf_counter()
-        while last - begin < seconds:
-            call()
-            now = time.perf_counter()
-            times.append(now - last)
-            last = now
-        rate = len(times) * args.rows / (last - begin)
-        print(json.dumps({"rows_per_s": rate, "p50_ms": float(np.median(times)) * 1e3}), flush=True)
+        name, seconds = line.split()
+        print(json.dumps(measure(calls[name], args.rows, float(seconds))), flush=True)
+
+
+def documented(path: str, signature: str, inputs: dict[str, Array]) -> Callable[[], object]:
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(path)
+    function = loaded.signatures[signature]
+
+    def call(_kept: object = loaded) -> object:
+        outputs = function(**{name: tf.constant(array) for name, array in inputs.items()})
+        return {name: tensor.numpy() for name, tensor in outputs.items()}
+
+    return call
+
+
+def measure(call: Callable[[], object], rows: int, seconds: float) -> dict[str, float]:
+    times = []
+    begin = last = time.perf_counter()
+    while last - begin < seconds:
+        call()
+        now = time.perf_counter()
+        times.append(now - last)
+        last = now
+    return {"rows_per_s": len(times) * rows / (last - begin), "p50_ms": float(np.median(times)) * 1e3}
 
 
 main()

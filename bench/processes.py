@@ -101,18 +101,18 @@ class Bare:
         )
         self._read()  # it says when it is warm
 
-    def start(self, seconds: float) -> None:
-        """Begin a measurement; `result` waits for it."""
+    def start(self, call: str, seconds: float) -> None:
+        """Begin a measurement of a call (`documented` or `cheapest`); `result` waits for it."""
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{seconds}\n")
+        self._process.stdin.write(f"{call} {seconds}\n")
 
     def result(self) -> dict[str, float]:
         """`rows_per_s` and `p50_ms` of a call."""
         return self._read()
 
-    def measure(self, seconds: float) -> dict[str, float]:
+    def measure(self, call: str, seconds: float) -> dict[str, float]:
         """Call the model for so long."""
-        self.start(seconds)
+        self.start(call, seconds)
         return self.result()
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import psutil
 import pytest
 
@@ -26,6 +27,10 @@ os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 # A test's server must not be that of whoever runs the tests, nor speak to their service manager.
 for name in ("RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR", "NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID"):
     os.environ.pop(name, None)
+
+# An example's time says how busy the machine is.
+hypothesis.settings.register_profile("pool", deadline=None)
+hypothesis.settings.load_profile("pool")
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0

@@ -92,7 +92,7 @@ def build_cnn(directory: str) -> None:
 
 
 def build_dtypes(directory: str) -> None:
-    """One input and one output of every numeric dtype and string: `NAME` in, `NAME_out` out, negated (inverted, appended to)."""
+    """An input `NAME` and an output `NAME_out` of every dtype: negated, inverted, or a "!" appended."""
     import tensorflow as tf
 
     def negated(tensor: Any) -> Any:
@@ -341,6 +341,53 @@ def build_unfollowing_output(directory: str) -> None:
     _save(directory, label)
 
 
+def build_scalar_output(directory: str) -> None:
+    """`x` float32 [any] to its `mean`, of rank 0, and a `word`, a string of rank 0."""
+    import tensorflow as tf
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, name="x")])
+    def mean(x: Any) -> Any:
+        return {"mean": tf.reduce_mean(x), "word": tf.constant(b"mean")}
+
+    _save(directory, mean)
+
+
+def build_refusing(directory: str) -> None:
+    """Takes the string "sesame" only."""
+    import tensorflow as tf
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="x")])
+    def refuse(x: Any) -> Any:
+        with tf.control_dependencies([tf.debugging.assert_equal(x, "sesame", "wrong word")]):
+            return {"y": tf.strings.length(x)}
+
+    _save(directory, refuse)
+
+
+def build_any_size(directory: str) -> None:
+    """Images of any size, float32 [any, any, any, 1], but of 16 pixels at least, to their 4 means."""
+    import tensorflow as tf
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None, None, 1], tf.float32, name="image")])
+    def mean(image: Any) -> Any:
+        patches = tf.nn.conv2d(image, tf.ones([16, 16, 1, 4]), strides=1, padding="VALID")
+        with tf.control_dependencies([tf.debugging.assert_positive(tf.size(patches), "too small")]):
+            return {"means": tf.reduce_mean(patches, axis=[1, 2])}
+
+    _save(directory, mean)
+
+
+def build_longest(directory: str) -> None:
+    """Words split into letters, padded to the longest word of the batch."""
+    import tensorflow as tf
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="word")])
+    def split(word: Any) -> Any:
+        return {"split": tf.strings.unicode_split(word, "UTF-8").to_tensor()}
+
+    _save(directory, split)
+
+
 def build_mixing_rows(directory: str) -> None:
     """Each row less the mean of all rows of its batch."""
     import tensorflow as tf
@@ -504,6 +551,35 @@ def _tf1_linear(directory: str, *, use_resource: bool) -> None:
         v1.saved_model.simple_save(session, directory, {"x": x}, {"y": y, "z": y})
 
 
+def build_tf1_counter(directory: str) -> None:
+    """TensorFlow 1, a reference variable counted up by each call, and read before and after."""
+    import tensorflow as tf
+
+    v1 = tf.compat.v1
+    with tf.Graph().as_default(), v1.Session() as session:
+        x = v1.placeholder(tf.float32, [None], name="x")
+        count = v1.get_variable("count", initializer=[10.0, 20.0], use_resource=False)
+        before = tf.identity(count)
+        with tf.control_dependencies([before]):
+            after = v1.assign_add(count, [1.0, 2.0])
+        session.run(v1.global_variables_initializer())
+        outputs = {"before": x + before[0], "after": x + after[0]}
+        v1.saved_model.simple_save(session, directory, {"x": x}, outputs)
+
+
+def build_tf1_scatter(directory: str) -> None:
+    """TensorFlow 1, a reference variable written through in a way resource variables are not."""
+    import tensorflow as tf
+
+    v1 = tf.compat.v1
+    with tf.Graph().as_default(), v1.Session() as session:
+        x = v1.placeholder(tf.float32, [None], name="x")
+        table = v1.get_variable("table", initializer=[1.0, 2.0], use_resource=False)
+        written = v1.scatter_update(table, [0], [5.0])
+        session.run(v1.global_variables_initializer())
+        v1.saved_model.simple_save(session, directory, {"x": x}, {"y": x + written[0]})
+
+
 def build_tf1_table(directory: str) -> None:
     """TensorFlow 1, two tag sets, a static table filled by the legacy init op, and `tf.train.Example`s.
 
@@ -611,6 +687,10 @@ BUILDERS: dict[str, Callable[[str], None]] = {
     "fixed_rows": build_fixed_rows,
     "one_row_inside": build_one_row_inside,
     "unfollowing_output": build_unfollowing_output,
+    "scalar_output": build_scalar_output,
+    "refusing": build_refusing,
+    "any_size": build_any_size,
+    "longest": build_longest,
     "mixing_rows": build_mixing_rows,
     "random": build_random,
     "counter": build_counter,
@@ -621,6 +701,8 @@ BUILDERS: dict[str, Callable[[str], None]] = {
     "slots": build_slots,
     "tf1_reference": build_tf1_reference,
     "tf1_resource": build_tf1_resource,
+    "tf1_counter": build_tf1_counter,
+    "tf1_scatter": build_tf1_scatter,
     "tf1_table": build_tf1_table,
     "no_signatures": build_no_signatures,
     "medium": build_medium,

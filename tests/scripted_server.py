@@ -70,6 +70,22 @@ def result(header: Header, tensors: Sequence[bytes]) -> list[bytes]:
     return [wire.encode_header(reply), *tensors]
 
 
+def unbundle(header: Header, tensors: list[bytes]) -> Iterator[tuple[Header, list[bytes]]]:
+    """The requests a message stands for, each as if it had come alone (section 3.9)."""
+    if not header.flags & Flag.BUNDLE:
+        yield header, tensors
+        return
+    table, *columns = tensors
+    start = 0
+    for id_, millis, count in wire.split_parts(table, header.rows):
+        sizes = [len(column) // max(header.rows, 1) for column in columns]
+        spans = [
+            column[start * size : (start + count) * size] for column, size in zip(columns, sizes, strict=True)
+        ]
+        yield Header(header.kind, id_, header.meta, millis, count), spans
+        start += count
+
+
 Answer = Callable[[Header, list[bytes]], "list[list[bytes]] | None"]
 
 
@@ -121,10 +137,11 @@ class ScriptedServer:
         self.answer = answer
         self.requests: list[Header] = []
         self.predicted = threading.Semaphore(0)
-        self.late = threading.Event()
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
         self._router.linger = 0
+        self._router.sndhwm = 0  # a ROUTER drops what a slow client has no room for
+        self._router.ipv6 = endpoint.startswith("tcp://[")
         self._router.bind(endpoint)
         if endpoint.endswith(":*"):
             self.endpoint = self._router.last_endpoint.decode()
@@ -145,12 +162,12 @@ class ScriptedServer:
                 self._router.send_multipart([peer, *command[1:]])
                 continue
             peer, first, *tensors = self._router.recv_multipart()
-            header = wire.decode_header(first)
-            self.requests.append(header)
-            for message in self.answer(header, tensors) or ():
-                self._router.send_multipart([peer, *message])
-            if header.kind is Kind.PREDICT:
-                self.predicted.release()
+            for header, payloads in unbundle(wire.decode_header(first), tensors):
+                self.requests.append(header)
+                for message in self.answer(header, payloads) or ():
+                    self._router.send_multipart([peer, *message])
+                if header.kind is Kind.PREDICT:
+                    self.predicted.release()
         self._router.close()
 
     def say(self, message: list[bytes]) -> None:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from pool.config import (
     Config,
-    Placement,
     ModelConfig,
+    Placement,
     ServerConfig,
     decode_config,
     load_config,

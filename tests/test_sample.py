@@ -92,9 +92,14 @@ def test_only_recipes_that_differ_are_offered(spec, want):
     assert list(recipes(signature(spec))) == want
 
 
+def test_recipes_stay_within_memory():
+    five = signature(TensorSpec("x", "float32", (None,) * 6))
+    assert [recipe.axis for recipe in recipes(five)] == [4, 1]
+
+
 def test_unknown_ranks_and_known_texts_come_first():
     numbers = list(recipes(signature(TensorSpec("x", "float32", None))))
-    assert [recipe.rank for recipe in numbers[::4]] == [2, 1, 4, 3]
+    assert list(dict.fromkeys(recipe.rank for recipe in numbers)) == [2, 1, 4, 3]
     strings = list(recipes(signature(TensorSpec("x", "string", None)), (b"example",)))
     assert strings[0] == Recipe(rank=1, text=b"example")
     assert len(set(strings)) == len(strings)

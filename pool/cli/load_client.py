@@ -240,12 +240,15 @@ class LoadClient:
             now = clock()
             limit = min(total, self._done + window)
             stop = min(limit, sent + BURST)
+            due: list[Request] = []
             while sent < stop and (due_s is None or due_s[sent] <= now):
-                if due_s is None:
-                    begun_s.append(clock())
                 head, rest, tensors = messages[sent % variants]
-                send([head + sent.to_bytes(8, "little") + rest, *tensors])
+                due.append((sent, [head + sent.to_bytes(8, "little") + rest, *tensors]))
                 sent += 1
+            if due_s is None:
+                begun_s += [clock()] * len(due)
+            for frames, _ in self._core.bundle(due):
+                send(frames)
             if self._take(begun_s):
                 heard_s = clock()
                 continue
@@ -265,19 +268,21 @@ class LoadClient:
 
     def _take(self, begun_s: list[float]) -> int:
         """Take answers that have come, `BURST` at most; the number taken. A request's id is its place."""
-        receive, decode, clock = self._connection.receive, self._core.receive, time.monotonic
+        receive, decode, clock = self._connection.receive, self._core.receive_all, time.monotonic
         latencies_s = self._latencies_s
         count = 0
         try:
             while count < BURST:
-                reply = decode(receive())
-                count += 1
-                if reply.outputs is not None:
-                    latencies_s.append(clock() - begun_s[reply.id])
-                else:
-                    assert reply.error is not None
-                    code = reply.error.code
-                    self._errors[code] = self._errors.get(code, 0) + 1
+                replies = decode(receive())
+                count += len(replies)
+                now = clock()
+                for reply in replies:
+                    if reply.outputs is not None:
+                        latencies_s.append(now - begun_s[reply.id])
+                    else:
+                        assert reply.error is not None
+                        code = reply.error.code
+                        self._errors[code] = self._errors.get(code, 0) + 1
         except zmq.Again:
             pass
         self._done += count

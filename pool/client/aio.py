@@ -4,8 +4,9 @@ One DEALER carries everything. The loop watches ZeroMQ's file descriptor itself 
 three times as much per request), which is edge-triggered: it says once that *something* changed. So
 every wake-up drains the socket until it is empty, and every send is followed by another look.
 
-A request is a future in `_pending`, by id. It is sent at once, or waits in `_unsent` while there is no
-connection or the queue is full. Deadlines are a heap with one timer for the earliest: a timer per
+A request is a future in `_pending`, by id. It waits in `_unsent` until the loop's next turn, so that what
+was asked for in this one is sent in bundles, and longer while there is no connection or the queue is
+full. Deadlines are a heap with one timer for the earliest: a timer per
 request costs more than sending it. Whatever happens, a future gets a `Reply` and never an exception,
 so one that nobody waits for any more goes without a word.
 """
@@ -286,29 +287,23 @@ class AsyncClient:
     # -- sending -----------------------------------------------------------------------------------
 
     def _send(self, request: Request) -> None:
-        connection = self._connection
-        if connection is None:
-            self._unsent.append(request)
-            if not self._dialled:
-                self._dial()
-        elif self._unsent:
-            self._unsent.append(request)
-        else:
-            try:
-                connection.send(request[1])
-            except zmq.Again:
-                self._unsent.append(request)
+        self._unsent.append(request)
+        if self._connection is not None:
             self._schedule_look()
+        elif not self._dialled:
+            self._dial()
 
     def _send_unsent(self, connection: Connection) -> None:
-        unsent = self._unsent
-        while unsent:
-            if unsent[0][0] in self._pending:
-                try:
-                    connection.send(unsent[0][1])
-                except zmq.Again:
-                    break
-            unsent.popleft()
+        pending = self._pending
+        wanted = [request for request in self._unsent if request[0] in pending]
+        self._unsent.clear()
+        sent = 0
+        try:
+            for frames, count in self._core.bundle(wanted):
+                connection.send(frames)
+                sent += count
+        except zmq.Again:
+            self._unsent.extend(wanted[sent:])
         self._schedule_look()
 
     # -- receiving ---------------------------------------------------------------------------------
@@ -332,8 +327,12 @@ class AsyncClient:
         if connection is not self._connection:
             return
         try:
-            for _ in range(_DRAIN_CHUNK):
-                self._answer(self._core.receive(connection.receive()))
+            taken = 0
+            while taken < _DRAIN_CHUNK:
+                replies = self._core.receive_all(connection.receive())
+                for reply in replies:
+                    self._answer(reply)
+                taken += len(replies)
             self._schedule_look()
         except zmq.Again:
             if self._unsent:
@@ -346,7 +345,8 @@ class AsyncClient:
             return
         try:
             while True:  # what the server still sent before it went away counts
-                self._answer(self._core.receive(connection.receive()))
+                for reply in self._core.receive_all(connection.receive()):
+                    self._answer(reply)
         except zmq.Again:
             self._hang_up(Unavailable(f"the server at {connection.endpoint} went away before it answered"))
         except WireError as e:

@@ -92,6 +92,8 @@ class Connection:
         socket = self.socket
         socket.linger = 0  # whoever closes a connection has given up on what it carried
         socket.immediate = 1  # send only to a server that is there
+        # As many replies as there were requests; a limit would only fill the server's memory.
+        socket.rcvhwm = 0
         socket.reconnect_ivl = _RECONNECT_MS
         socket.reconnect_ivl_max = _RECONNECT_MAX_MS
         if endpoint.startswith("tcp://["):

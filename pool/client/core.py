@@ -7,6 +7,11 @@ Both shells and `pool bench` drive it the same way:
     id, frames = request                                        # one multipart message to send
     reply = core.receive(received_frames)                       # reply.id tells whose it is
 
+Many requests that are to be sent at once cost a fraction each when they travel together:
+
+    for frames, count in core.bundle(requests):                 # messages for all of them, in order
+    for reply in core.receive_all(received_frames):             # a message may hold many replies
+
 What is alike between requests is worked out once: a `Route` per (model, version, signature, outputs)
 holds the checked signature and, per row shape, the finished msgpack part of the header; a `_Plan` per
 msgpack part of a reply holds the arrays to make. A request that repeats an earlier one's shape costs
@@ -19,7 +24,7 @@ from __future__ import annotations
 import itertools
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import EllipsisType
 from typing import Any, TypeVar
 
@@ -50,9 +55,18 @@ _CACHE_ENTRIES = 4_096  # per cache; a caller with more distinct shapes than thi
 
 _PREDICT_HEAD = wire.head(Kind.PREDICT)
 _RESULT_HEAD = wire.head(Kind.RESULT)
+_PREDICT_BUNDLE_HEAD = wire.head(Kind.PREDICT, Flag.BUNDLE)
+_RESULT_BUNDLE_HEAD = wire.head(Kind.RESULT, Flag.BUNDLE)
 _ID = struct.Struct("<8xQ")
 _ROWS_OFFSET = 20  # from here a header is the same for every reply with this meta and row count
 _NO_LIMIT = 0xFFFF_FFFF  # of the wire's 32-bit milliseconds
+
+# Payload of a bundle, about: more does not make a request cheaper, and keeps the server waiting for it.
+_BUNDLE_BYTES = 262_144
+
+# Outputs of a bundle of replies up to here are handed out as slices of one array. A caller that keeps a
+# single one of them keeps that array; beyond this size each gets a copy of its own.
+_SLICED_BYTES = 65_536
 
 _pack = wire.HEAD.pack
 _unpack_id = _ID.unpack_from
@@ -139,6 +153,7 @@ class ClientCore:
         self._infos: dict[tuple[str, int | None], ModelInfo] = {}
         self._routes: dict[tuple[str, int | None, str | None, tuple[str, ...] | None], Route] = {}
         self._plans: dict[bytes, _Plan] = {}
+        self._joinable: dict[bytes, bool] = {}  # metas of requests that may travel in bundles
 
     # -- requests ----------------------------------------------------------------------------------
 
@@ -197,8 +212,41 @@ class ClientCore:
         except InvalidInput:
             self.forget(model)
             raise
+        if route.is_joinable:
+            _remember(self._joinable, meta, True)
         id_ = next(self._ids)
         return id_, [_pack(_PREDICT_HEAD, id_, timeout_ms, rows) + meta, *frames]
+
+    def bundle(self, requests: Sequence[Request]) -> Iterator[tuple[list[Frame], int]]:
+        """Messages that carry these requests, in order: neighbours that are alike travel together.
+
+        Args:
+            requests: As the core made them.
+
+        Yields:
+            The frames of one message (`docs/wire.md` 3.9 if it carries several), and how many of the
+            requests it carries.
+        """
+        first, count = 0, len(requests)
+        while first < count:
+            header, *tensors = requests[first][1]
+            meta = header[wire.FIXED_BYTES :]
+            end = first + 1
+            size = sum(map(len, tensors))
+            if meta in self._joinable and size <= COPY_BYTES:
+                most = min(count, first + wire.MAX_PARTS)
+                while end < most and size < _BUNDLE_BYTES:
+                    other, *others = requests[end][1]
+                    added = sum(map(len, others))
+                    if added > COPY_BYTES or other[wire.FIXED_BYTES :] != meta:
+                        break
+                    size += added
+                    end += 1
+            if end == first + 1:
+                yield requests[first][1], 1
+            else:
+                yield _join([frames for _, frames in requests[first:end]], meta), end - first
+            first = end
 
     def signature_request(self, model: str, version: int | None = None) -> Request:
         """Ask what a model takes and gives; its INFO reply is for `learn`.
@@ -319,6 +367,51 @@ class ClientCore:
             return Reply(decoded.id, error=wire.decode_error(decoded))
         except WireError as e:
             return Reply(decoded.id, error=e)
+
+    def receive_all(self, frames: Sequence[Frame]) -> Sequence[Reply]:
+        """Decode one message that may hold several replies (`docs/wire.md` 3.9).
+
+        Args:
+            frames: As for `receive`.
+
+        Returns:
+            The replies. Arrays of those that came together may lie side by side in memory.
+
+        Raises:
+            WireError: as for `receive`, or the table that says whose the replies are cannot be read.
+        """
+        header: bytes = frames[0]
+        if header[:8] != _RESULT_BUNDLE_HEAD:
+            return (self.receive(frames),)
+        decoded_rows = wire.HEAD.unpack_from(header)[3]
+        parts = wire.split_parts(frames[1] if len(frames) > 1 else b"", decoded_rows)
+        try:
+            plan = self._plans.get(header[_ROWS_OFFSET:])
+            if plan is None:
+                plan = _make_plan(wire.decode_header(header))
+                _remember(self._plans, header[_ROWS_OFFSET:], plan)
+            outputs = _decode_outputs(plan, [header, *frames[2:]])
+        except WireError as e:
+            return [Reply(id_, error=e) for id_, _, _ in parts]
+        is_sliced = sum(array.nbytes for array in outputs.values()) <= _SLICED_BYTES
+        replies = []
+        start = 0
+        for id_, _, rows in parts:
+            end = start + rows
+            mine = {name: array[start:end] for name, array in outputs.items()}
+            if not is_sliced:
+                mine = {name: array.copy() for name, array in mine.items()}
+            replies.append(Reply(id_, mine))
+            start = end
+        return replies
+
+
+def _join(messages: list[list[Frame]], meta: bytes) -> list[Frame]:
+    """One message for requests that share a meta."""
+    table = b"".join([message[0][wire.HEAD_BYTES : wire.FIXED_BYTES] for message in messages])
+    rows = sum([part[2] for part in wire.PART.iter_unpack(table)])
+    columns = zip(*[message[1:] for message in messages], strict=True)
+    return [_pack(_PREDICT_BUNDLE_HEAD, 0, 0, rows) + meta, table, *map(b"".join, columns)]
 
 
 def check_timeout(timeout: float) -> float:

@@ -46,9 +46,11 @@ class Route:
         sole_name: Name of the sole input of a batched signature, if its items have a fixed size: the
             case the core has a fast path for.
         sole_dtype: Its dtype, or None.
+        is_joinable: Whether requests may travel in bundles: rows of a fixed size that can be counted.
     """
 
     __slots__ = (
+        "is_joinable",
         "max_rows",
         "metas",
         "model",
@@ -74,6 +76,7 @@ class Route:
         self.outputs = outputs
         self.max_rows = NO_LIMIT if max_rows is None else max_rows
         self.metas: dict[tuple[Any, ...], bytes] = {}
+        self.is_joinable = signature.batched and all(spec.dtype != "string" for spec in signature.inputs)
         self.sole_name: str | None = None
         self.sole_dtype: np.dtype[Any] | None = None
         if signature.batched and len(signature.inputs) == 1 and signature.inputs[0].dtype != "string":

@@ -17,7 +17,6 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from math import inf
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -191,7 +190,7 @@ class Endpoint:
                 self._refuse(client, id_, fault)
                 continue
             admitted += 1
-            deadline = now + timeout_ms * 1e-3 if timeout_ms else inf
+            deadline = now + (timeout_ms * 1e-3 or route.timeout_s)
             batcher.commit(slot, Ticket(self, client, id_, route, rows, deadline, now), now)
             if slot.rows == slot.capacity:  # a full batch need not wait for the end of the drain
                 now = monotonic()
@@ -259,7 +258,7 @@ class Endpoint:
             if not (route.is_batched and route.is_numeric):
                 raise InvalidInput("a bundle of requests with string inputs, or to a signature not batched")
             tickets = [
-                Ticket(self._bundles, client, id_, route, rows, now + millis * 1e-3 if millis else inf, now)
+                Ticket(self._bundles, client, id_, route, rows, now + (millis * 1e-3 or route.timeout_s), now)
                 for id_, millis, rows in parts
             ]
             refused = route.generation.place_all(tickets, frames[1:], now)
@@ -275,7 +274,7 @@ class Endpoint:
 
     def _admit(self, client: bytes, header: Header, frames: list[memoryview], now: float) -> None:
         route = self._find_route(header.meta)
-        deadline = now + header.millis * 1e-3 if header.millis else inf
+        deadline = now + (header.millis * 1e-3 or route.timeout_s)
         ticket = Ticket(self, client, header.id, route, header.rows, deadline, now)
         route.generation.place(ticket, frames, now)
         self.requests += 1

@@ -143,6 +143,8 @@ class Engine:
         self.is_draining = True
         self.on_unserved()
         self._note_idle()
+        if self._idle.is_set():  # which counts even with no time to wait
+            return True
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except asyncio.TimeoutError:
@@ -152,6 +154,7 @@ class Engine:
     async def stop(self) -> None:
         """Answer what is left `Unavailable`, end the workers, give the memory back."""
         self.is_draining = True
+        self.on_unserved()
         for generation in self._generations:
             for ticket in generation.batcher.drop_waiting():
                 ticket.sink.send_error(ticket, Unavailable("the server is stopping"))

@@ -8,6 +8,7 @@ into slots; `pool.front.replies` is the way back.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 import msgspec
@@ -52,6 +53,7 @@ class Route:
         regions: The same frames' `InputRegion`s.
         is_numeric: Whether every input has a fixed size, so that frames go into the slot directly.
         outputs: Indices of the outputs wanted, in the order wanted.
+        timeout_s: Of requests that carry none; `inf` for none.
     """
 
     __slots__ = (
@@ -65,6 +67,7 @@ class Route:
         "outputs",
         "regions",
         "signature",
+        "timeout_s",
     )
 
     def __init__(
@@ -85,6 +88,8 @@ class Route:
         self.inputs = [(region.offset, region.row_bytes) for region in self.regions]
         self.is_numeric = all(region.dtype != "string" for region in self.regions)
         self.outputs = outputs
+        timeout_ms = generation.config.timeout_ms
+        self.timeout_s = inf if timeout_ms is None else timeout_ms * 1e-3
 
 
 class Generation:
@@ -288,7 +293,8 @@ class Generation:
                 break
             room = slot.capacity - slot.rows
             rows, end = 0, first
-            while end < len(tickets) and rows + tickets[end].rows <= room:
+            # A full slot takes no more, not even a request of no rows.
+            while end < len(tickets) and rows < room and rows + tickets[end].rows <= room:
                 rows += tickets[end].rows
                 end += 1
             if end == first:  # the next one has to be split, or waits for an empty slot
@@ -298,7 +304,8 @@ class Generation:
                 try:
                     self.place(ticket, spans, now)
                 except PoolError as e:
-                    refused.append((ticket, e))
+                    # Its traceback holds this frame, and with it the payloads.
+                    refused.append((ticket, e.with_traceback(None)))
                 rows, end = ticket.rows, first + 1
             else:
                 memory = self.arena.slots[slot.index]
@@ -312,9 +319,7 @@ class Generation:
 
     def _unplace(self, join: Join | None) -> None:
         if join is not None:
-            join.whole.is_settled = True
-            for slot, part in join.parts:
-                self.batcher.withdraw(slot, part)
+            join.withdraw()
 
     # -- replying -----------------------------------------------------------------------------------
 

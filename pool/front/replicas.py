@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from pool.config import ModelConfig, Placement
-from pool.errors import ModelLoadError, PoolError
+from pool.errors import ModelLoadError, PoolError, Unavailable
 from pool.front.batcher import Slot
 from pool.front.generation import Generation
 from pool.front.states import WorkerEvent, WorkerState, next_worker_state
@@ -176,6 +176,8 @@ class Replicas:
             fds.append(self._weights_fd)
         try:
             zygote = await self._supervisor.zygote(config.backend)
+            if self._is_stopping:  # meanwhile
+                raise Unavailable("the server is stopping")
             worker.child = zygote.fork("worker", fds)
         except PoolError as e:
             bell.close()
@@ -217,7 +219,8 @@ class Replicas:
         if worker.state is WorkerState.STARTING:
             worker.move(WorkerEvent.LOAD)
             self._listener.worker_ready(self._generation, worker)
-        if not self._all_ready.done() and all(w.state is not WorkerState.STARTING for w in self.workers):
+        started = (WorkerState.READY, WorkerState.BUSY)
+        if not self._all_ready.done() and all(w.state in started for w in self.workers):
             self._all_ready.set_result(None)
 
     async def _await_end(self, worker: Worker, child: Child) -> None:

@@ -159,14 +159,26 @@ class Join:
         if len(self._results) == len(self.parts) and not self.whole.is_settled:
             self.whole.is_settled = True
             joined = reply.join([self._results[i] for i in range(len(self.parts))])
+            self._let_go()
             self.whole.sink.send_frames(self.whole, reply, joined)
 
     def send_error(self, ticket: Ticket, error: PoolError) -> None:
         """One part failed: so has the request. The other parts are not wanted any more."""
-        batcher = ticket.route.generation.batcher
-        for slot, part in self.parts:
-            if part is not ticket and not part.is_settled:
-                batcher.withdraw(slot, part)
-        if not self.whole.is_settled:
-            self.whole.is_settled = True
+        was_settled = self.whole.is_settled
+        self.withdraw()
+        if not was_settled:
             self.whole.sink.send_error(self.whole, error)
+
+    def withdraw(self) -> None:
+        """No part is wanted any more, nor any answer."""
+        self.whole.is_settled = True
+        batcher = self.whole.route.generation.batcher
+        for slot, part in self.parts:
+            if not part.is_settled:
+                batcher.withdraw(slot, part)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Parts and join hold each other: without this, only the garbage collector would free the results."""
+        self.parts = []
+        self._results = {}

@@ -135,6 +135,8 @@ class Zygote:
         self._disconnect()
         if self._process is not None:
             process = self._process
+            if not self._preloaded.done():
+                process.kill()  # it has no children yet, and does not listen until the import is done
             with suppress(subprocess.TimeoutExpired):
                 # A zygote leaves in milliseconds; 5 s is for a machine that swaps.
                 await self._loop.run_in_executor(None, process.wait, 5)

@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pool.errors import ConfigError, InternalError, TooLarge
+from pool.shm.memory import reserve
 from pool.signature import ITEM_BYTES, Signature, row_items
 from pool.wire import TensorMeta
 
@@ -213,9 +214,8 @@ class Arena:
     def __init__(self, fd: int, slots: int, slot_bytes: int) -> None:
         self.fd = fd
         self.slot_bytes = slot_bytes
-        self._map = mmap.mmap(fd, slots * slot_bytes)
         # One exporter, many views: the map is unmapped when the last of them is gone.
-        whole = np.frombuffer(self._map, np.uint8)
+        whole = np.frombuffer(mmap.mmap(fd, slots * slot_bytes), np.uint8)
         self.slots: list[npt.NDArray[np.uint8]] = [
             whole[i * slot_bytes : (i + 1) * slot_bytes] for i in range(slots)
         ]
@@ -231,12 +231,12 @@ class Arena:
         size = slots * slot_bytes
         fd = os.memfd_create("pool-arena", os.MFD_CLOEXEC)
         try:
-            os.posix_fallocate(fd, 0, size)
+            reserve(fd, size)
             return cls(fd, slots, slot_bytes)
-        except OSError as e:
+        except (MemoryError, OSError) as e:
             os.close(fd)
             raise ConfigError(
-                f"arena of {slots} slots x {slot_bytes} bytes cannot be allocated: {e.strerror}; "
+                f"arena of {slots} slots x {slot_bytes} bytes: {e}; "
                 f"lower slots, max_batch_size or max_rows_bytes"
             ) from None
 

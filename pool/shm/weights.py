@@ -17,9 +17,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -27,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pool.errors import ModelLoadError
+from pool.shm.memory import reserve
 from pool.signature import dtype_name, numpy_dtype, row_items
 
 Array = npt.NDArray[Any]
@@ -87,19 +86,10 @@ def write(fd: int, named: Sequence[tuple[str, Array]]) -> tuple[Weight, ...]:
         ModelLoadError: an array cannot be laid out, or the memory is not there.
     """
     weights, size = layout(named)
-    # Asked first, because asking by allocating has the kernel kill processes until it can give the memory.
-    available = available_bytes()
-    if size > available:
-        raise ModelLoadError(f"the weights need {size:,} bytes of shared memory; {available:,} are available")
-    if size:
-        try:
-            # Reserve every page now: a page that is not there is an error here, and SIGBUS later.
-            os.posix_fallocate(fd, 0, size)
-        except OSError as error:
-            os.ftruncate(fd, 0)
-            raise ModelLoadError(
-                f"the weights need {size:,} bytes of shared memory: {error.strerror}"
-            ) from None
+    try:
+        reserve(fd, size)
+    except MemoryError as e:
+        raise ModelLoadError(f"the weights cannot be shared: {e}") from None
     for weight, (_, array) in zip(weights, named, strict=True):
         _write_at(fd, weight.offset_bytes, array)
     return weights
@@ -114,33 +104,6 @@ def _write_at(fd: int, offset: int, array: Array) -> None:
         written = os.pwrite(fd, items[:_PIECE_BYTES], offset)
         items = items[written:]
         offset += written
-
-
-def available_bytes() -> int:
-    """Memory this process could still be given: by the machine, and by its cgroup and those above it."""
-    available = _meminfo_bytes("MemAvailable") + _meminfo_bytes("SwapFree")
-    try:
-        group = Path("/proc/self/cgroup").read_text().partition("0::/")[2].partition("\n")[0]
-        root = Path("/sys/fs/cgroup")
-        folder = root / group
-        while folder != root and root in folder.parents:
-            limit = (folder / "memory.max").read_text().strip()
-            if limit != "max":
-                used = int((folder / "memory.current").read_text())
-                # File pages nobody used lately count as used, and are given up on demand.
-                cached = re.search(
-                    r"^inactive_file (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE
-                )
-                available = min(available, int(limit) - used + int(cached[1] if cached else 0))
-            folder = folder.parent
-    except (OSError, ValueError):
-        pass  # no cgroup version 2 here, or one without the memory controller
-    return max(available, 0)
-
-
-def _meminfo_bytes(name: str) -> int:
-    found = re.search(rf"^{name}: +(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
 
 
 def seal(fd: int) -> None:

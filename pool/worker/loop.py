@@ -120,7 +120,8 @@ class Runner:
         self._arena = arena
         self._signatures = signatures
         self._allowed = allowed_batch_sizes
-        self._bound: dict[tuple[int, int, int], _Bound] = {}
+        self._descriptors: dict[int, BatchDescriptor] = {}  # by layout
+        self._bound: dict[tuple[int, int, int], _Bound] = {}  # by slot, layout, rows with padding
 
     def run(self, message: Message) -> Message:
         """Run one batch; gives the answer to ring back. Never raises for what a model does."""
@@ -128,17 +129,18 @@ class Runner:
         slot, rows = message.slot, message.rows
         kind, text = Ring.DONE, ""
         try:
-            padded = self._padded(rows)
+            descriptor = self._descriptor(slot, message.layout)
+            padded = self._padded(rows) if descriptor.batched else rows
+            if padded > rows:
+                self._pad(slot, descriptor, rows, padded)
             bound = self._bound.get((slot, message.layout, padded))
             if bound is None:
-                bound = self._bind(slot, message.layout, padded, rows)
-            elif padded > rows:
-                self._pad(slot, bound.descriptor, rows, padded)
+                bound = self._bind(slot, descriptor, padded)
             if bound.call is not None:
                 outputs = bound.call()
             else:
-                arrays = self._inputs(slot, bound.descriptor, rows, padded)
-                outputs = self._model.bind(bound.descriptor.signature, arrays)()
+                arrays = self._inputs(slot, descriptor, rows, padded)
+                outputs = self._model.bind(descriptor.signature, arrays)()
             places = self._write(slot, bound, outputs, padded)
             self._arena.write_run_record(slot, started_ns, time.monotonic_ns(), places)
         except ModelError as e:
@@ -155,19 +157,25 @@ class Runner:
         at = bisect_left(self._allowed, rows)
         return self._allowed[at] if at < len(self._allowed) else rows
 
-    def _bind(self, slot: int, layout: int, padded: int, rows: int) -> _Bound:
+    def _descriptor(self, slot: int, layout: int) -> BatchDescriptor:
+        found = self._descriptors.get(layout)
+        if found is None:
+            found = self._arena.read_descriptor(slot)
+            assert found.layout == layout, "doorbell and slot disagree on the layout"
+            if len(self._descriptors) >= _BOUND_MAX:
+                self._descriptors.clear()
+            self._descriptors[layout] = found
+        return found
+
+    def _bind(self, slot: int, descriptor: BatchDescriptor, padded: int) -> _Bound:
         if len(self._bound) >= _BOUND_MAX:
             self._bound.clear()
-        descriptor = self._arena.read_descriptor(slot)
-        assert descriptor.layout == layout, "doorbell and slot disagree on the layout"
-        if padded > rows:
-            self._pad(slot, descriptor, rows, padded)
         if any(region.dtype == "string" for region in descriptor.inputs):
             bound = _Bound(descriptor, None)
         else:
-            arrays = self._inputs(slot, descriptor, rows, padded)
+            arrays = self._inputs(slot, descriptor, padded, padded)
             bound = _Bound(descriptor, self._model.bind(descriptor.signature, arrays))
-        self._bound[slot, layout, padded] = bound
+        self._bound[slot, descriptor.layout, padded] = bound
         return bound
 
     def _inputs(self, slot: int, descriptor: BatchDescriptor, rows: int, padded: int) -> list[Array]:

@@ -21,7 +21,8 @@ import socket
 import sys
 import threading
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from pool.backends import find_backend
 from pool.shm import control
@@ -38,7 +39,8 @@ def main(control_fd: int, lifeline_fd: int, backend_name: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sock = socket.socket(fileno=control_fd)
     name_process("pool-zygote")
-    find_backend(backend_name).preload()
+    with _stderr_held_back():
+        find_backend(backend_name).preload()
     gc.collect()
     # Pages that the collector never writes to again stay shared with every fork, and a full collection
     # in a worker no longer walks the framework's 270,000 objects (0.16 s of stop).
@@ -47,6 +49,26 @@ def main(control_fd: int, lifeline_fd: int, backend_name: str) -> None:
     with suppress(BrokenPipeError, ConnectionResetError):  # the front is gone: so are we
         control.send_report(sock, control.Preloaded())
         _serve(sock, lifeline_fd)
+
+
+@contextmanager
+def _stderr_held_back() -> Iterator[None]:
+    """Keep what a framework says while it is imported, and say it only if the import fails.
+
+    TensorFlow greets whoever loads it with lines that no setting of its own turns off.
+    """
+    kept = os.memfd_create("pool-stderr", os.MFD_CLOEXEC)
+    stderr = os.dup(2)
+    os.dup2(kept, 2)
+    try:
+        yield
+    except BaseException:
+        os.write(stderr, os.pread(kept, os.fstat(kept).st_size, 0))
+        raise
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(kept)
 
 
 def _serve(sock: socket.socket, lifeline_fd: int) -> None:

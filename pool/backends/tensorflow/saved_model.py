@@ -148,6 +148,8 @@ class SavedModel:
 
     def texts(self, signature: str) -> tuple[bytes, ...]:
         """Serialized `tf.train.Example`s the signature's parsing operations would take."""
+        if not any(spec.dtype == "string" for spec in self._signatures[signature].inputs):
+            return ()
         return examples.texts(self._functions[signature])
 
     def weights(self) -> list[tuple[str, Array]]:
