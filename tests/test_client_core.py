@@ -34,7 +34,8 @@ from pool.errors import (
 )
 from pool.signature import DTYPES, Signature, TensorSpec, numpy_dtype
 from pool.wire import Flag, Header, Kind, PredictMeta, ResultMeta, TensorMeta
-from tests.scripted_server import rows, signature_document
+from tests.scripted_server import SIGNATURES, rows, signature_document, unbundle
+from tests.test_wire import documented_messages
 
 
 def core_for(*signatures: Signature, cast: str = "safe") -> ClientCore:
@@ -642,3 +643,123 @@ def test_timeouts_on_the_wire(seconds, ms):
 def test_no_time_left(seconds):
     with pytest.raises(DeadlineExceeded, match="wanted more than 0 s"):
         check_timeout(seconds)
+
+
+# -- bundles ---------------------------------------------------------------------------------------
+
+
+def sent(core: ClientCore, requests) -> list[tuple[int, int, int, list[bytes]]]:
+    """What a server sees of requests sent in bundles: (id, millis, rows, tensor frames) of each."""
+    seen = []
+    for frames, count in core.bundle(requests):
+        arrived = [
+            (header.id, header.millis, header.rows, [bytes(payload) for payload in payloads])
+            for header, payloads in unbundle(wire.decode_header(frames[0]), [bytes(f) for f in frames[1:]])
+        ]
+        assert len(arrived) == count
+        seen += arrived
+    return seen
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["serving_default", "pair", "whole", "large"]), st.integers(0, 5)),
+        max_size=40,
+    )
+)
+def test_bundles_carry_every_request_in_order_and_unchanged(calls):
+    core = core_for(*SIGNATURES)
+    requests = []
+    for signature, n in calls:
+        inputs = {
+            "serving_default": lambda n: rows(n),
+            "pair": lambda n: {"a": np.arange(n), "b": np.full((n, 2), b"x", object)},
+            "whole": lambda _: rows(2),
+            "large": lambda n: np.zeros((1, n * COPY_BYTES // 2), np.uint8),
+        }[signature](n)
+        requests.append(core.request("m", inputs, signature=signature, timeout_ms=n))
+    expected = []
+    for id_, (first, *payloads) in requests:
+        header = wire.decode_header(first)
+        expected.append((id_, header.millis, header.rows, [bytes(payload) for payload in payloads]))
+    assert sent(core, requests) == expected
+
+
+def test_what_is_alike_and_small_travels_together_and_nothing_else():
+    core = core_for(*SIGNATURES)
+    core.request("m", rows(1))
+    small = [core.request("m", rows(1)) for _ in range(5000)]
+    counts = [count for _, count in core.bundle(small)]
+    assert counts == [4096, 904]
+    strings = {"a": np.arange(1), "b": np.full((1, 2), b"x", object)}
+    alone = [
+        core.request("m", strings, signature="pair"),
+        core.request("m", rows(2), signature="whole"),
+        core.request("m", np.zeros((1, COPY_BYTES + 1), np.uint8), signature="large"),
+    ]
+    for request in alone:
+        assert [count for _, count in core.bundle([request, request])] == [1, 1]
+    mixed = [small[0], small[1], alone[0], small[2], small[3]]
+    assert [count for _, count in core.bundle(mixed)] == [2, 1, 2]
+    assert list(core.bundle([])) == []
+
+
+def test_a_bundle_is_that_of_the_specification():
+    core = core_for(*SIGNATURES)
+    request = core.request("m", rows(1))
+    assert request is not None
+    meta = request[1][0][wire.FIXED_BYTES :]
+
+    def numbered(id_, millis, array):
+        header = Header(Kind.PREDICT, id_, meta, millis=millis, rows=len(array))
+        return id_, [wire.encode_header(header), array.astype(np.float32).tobytes()]
+
+    requests = [
+        numbered(3, 60_000, np.array([[1, 2, 3]])),
+        numbered(4, 0, np.array([[4, 5, 6], [7, 8, 9]])),
+    ]
+    ((frames, count),) = core.bundle(requests)
+    assert count == 2
+    assert [bytes(frame) for frame in frames][1:] == documented_messages()["PREDICT bundle"][1:]
+    # The client names the signature it learnt; so the header is that of the box up to the meta.
+    assert frames[0][: wire.FIXED_BYTES] == documented_messages()["PREDICT bundle"][0][: wire.FIXED_BYTES]
+
+
+def test_replies_of_a_bundle_come_apart():
+    core = ClientCore()
+    for _ in range(2):  # decoded, then from the plan
+        first, second = core.receive_all(documented_messages()["RESULT bundle"])
+        assert (first.id, second.id) == (3, 4)
+        np.testing.assert_array_equal(first.take_outputs()["y"], np.float32([6]))
+        np.testing.assert_array_equal(second.take_outputs()["y"], np.float32([15, 24]))
+        first.take_outputs()["y"][...] = 0
+        assert second.take_outputs()["y"].tolist() == [15, 24]
+    (alone,) = core.receive_all(documented_messages()["RESULT"])
+    assert alone.id == 1
+
+
+def test_large_replies_of_a_bundle_do_not_keep_each_other():
+    count, width = 3, 30_000
+    meta = wire.encode_meta(ResultMeta(1, (TensorMeta("y", "uint8", (width,)),)))
+    header = wire.encode_header(Header(Kind.RESULT, 0, meta, rows=count, flags=Flag.BUNDLE))
+    table = b"".join(wire.PART.pack(i, 0, 1) for i in range(count))
+    for reply in ClientCore().receive_all([header, table, bytes(count * width)]):
+        assert reply.take_outputs()["y"].nbytes == width
+        assert reply.take_outputs()["y"].base is None
+
+
+@pytest.mark.parametrize("table", [b"", bytes(15), bytes(16), bytes(16 * 4097)])
+def test_a_bundle_with_a_wrong_table_is_of_no_use(table):
+    header = documented_messages()["RESULT bundle"][0]
+    with pytest.raises(WireError, match="bundle"):
+        ClientCore().receive_all([header, table, bytes(12)])
+
+
+def test_a_bundle_with_wrong_tensors_answers_each_request_with_that():
+    header, table, _ = documented_messages()["RESULT bundle"]
+    for frames in ([header, table], [header, table, bytes(11)]):
+        replies = ClientCore().receive_all(frames)
+        assert [reply.id for reply in replies] == [3, 4]
+        for reply in replies:
+            with pytest.raises(WireError):
+                reply.take_outputs()

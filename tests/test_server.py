@@ -244,8 +244,9 @@ def test_several_signatures(client):
     x = np.array([[1, 2], [3, 4]], np.float32)
     np.testing.assert_array_equal(client.predict("signatures", x)["y"], x * 3)
     np.testing.assert_array_equal(client.predict("signatures", x, signature="double")["y"], x * 2)
-    assert client.predict("signatures", {}, signature="nothing")["y"] == 3.0
-    assert "quantized" in client.status()["models"]["signatures"]["skipped"]
+    skipped = client.status()["models"]["signatures"]["skipped"]
+    assert set(skipped) == {"nothing", "quantized"}
+    assert all(skipped.values())
 
 
 @pytest.mark.parametrize("kind", ["fixed_rows", "mixing_rows", "unfollowing_output"])
@@ -427,7 +428,7 @@ def test_two_workers_share_one_copy_of_the_weights(client, digits):
     x = np.ones((1, 1024), np.float32)
     want = digits[2]["medium"][:1]
     for model in ("shared", "own"):
-        np.testing.assert_allclose(client.predict(model, x)["y"], want, rtol=1e-5)
+        np.testing.assert_allclose(client.predict(model, x)["y"], want, rtol=1e-5, atol=1e-6)
     status = client.status()["models"]
     size = status["shared"]["weights_bytes"]
     assert size == 6 * 1024 * 1024 * 4

@@ -33,6 +33,11 @@ def documented_messages() -> dict[str, list[bytes]]:
     return found
 
 
+def parts_table(*parts):
+    """A bundle's table, as if it were a tensor of bytes."""
+    return np.frombuffer(b"".join(wire.PART.pack(*part) for part in parts), np.uint8)
+
+
 DEFAULT_X = PredictMeta("m", None, "serving_default", (TensorMeta("x", "float32", (3,)),))
 PARSE_S = PredictMeta("m", 7, "parse", (TensorMeta("s", "string", ()),), ("y",))
 Y = ResultMeta(7, (TensorMeta("y", "float32", ()),))
@@ -67,6 +72,19 @@ GOLDEN = {
         [],
     ),
     "INFO": (Header(Kind.INFO, 6, b""), {"live": True}, []),
+    "PREDICT bundle": (
+        Header(Kind.PREDICT, 0, b"", rows=3, flags=Flag.BUNDLE),
+        DEFAULT_X,
+        [
+            (parts_table((3, 60_000, 1), (4, 0, 2)), "uint8"),
+            (np.arange(1, 10, dtype=np.float32).reshape(3, 3), "float32"),
+        ],
+    ),
+    "RESULT bundle": (
+        Header(Kind.RESULT, 0, b"", rows=3, flags=Flag.BUNDLE),
+        Y,
+        [(parts_table((3, 0, 1), (4, 0, 2)), "uint8"), (np.array([6, 15, 24], np.float32), "float32")],
+    ),
 }
 
 
@@ -402,6 +420,24 @@ def test_empty_tensors_of_impossible_shape(dtype, shape):
 def test_what_is_wrong_with_a_string_tensor(payload, items, message):
     with pytest.raises(WireError, match=message):
         wire.split_strings(payload, items)
+
+
+parts = st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**20)))
+
+
+@given(parts.filter(bool))
+def test_parts_of_a_bundle_round_trip(parts):
+    table = parts_table(*parts).tobytes()
+    total = sum(rows for _, _, rows in parts)
+    assert wire.split_parts(table, total) == parts
+    with pytest.raises(WireError, match=f"have {total} rows; its header says {total + 1}"):
+        wire.split_parts(table, total + 1)
+
+
+@given(st.binary(max_size=200), st.integers(0, 2**32 - 1))
+def test_any_bytes_are_parts_or_a_wire_error(table, rows):
+    with contextlib.suppress(WireError):
+        assert sum(part[2] for part in wire.split_parts(table, rows)) == rows
 
 
 def test_what_is_wrong_with_a_numeric_tensor():

@@ -246,7 +246,7 @@ class LoadClient:
                 due.append((sent, [head + sent.to_bytes(8, "little") + rest, *tensors]))
                 sent += 1
             if due_s is None:
-                begun_s += [clock()] * len(due)
+                begun_s += [now] * len(due)
             for frames, _ in self._core.bundle(due):
                 send(frames)
             if self._take(begun_s):

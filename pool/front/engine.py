@@ -126,7 +126,9 @@ class Engine:
         )  # fmt: skip
 
     async def _start_generation(self, model: ServedModel, config: ModelConfig) -> Generation:
-        report, weights_fd = await self._supervisor.load(model.name, config)
+        report, weights_fd = await self._supervisor.load(
+            model.name, config, self._config.server.start_timeout_s
+        )
         generation = Generation(model.name, config, report)
         model.replicas = Replicas(self._supervisor, generation, weights_fd, self)
         model.generation = generation

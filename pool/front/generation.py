@@ -25,7 +25,7 @@ from pool.errors import (
 from pool.front.batcher import Batcher, Ticket
 from pool.front.columns import read_columns, read_numeric
 from pool.front.replies import Join, Reply
-from pool.front.sizing import plan_arena, row_bytes
+from pool.front.sizing import output_row_bytes, plan_arena
 from pool.shm.arena import Arena, Layout, decode_outputs, plan_layout
 from pool.shm.control import LoadReport
 from pool.signature import Signature, TensorSpec
@@ -110,7 +110,7 @@ class Generation:
         self.report = report
         self.version = report.version
         self.signatures = {signature.name: signature for signature in report.signatures}
-        slots, slot_bytes = plan_arena(config, report.signatures)
+        slots, slot_bytes = plan_arena(config, report)
         self.arena = Arena.create(slots, slot_bytes)
         self.views = [slot.data for slot in self.arena.slots]
         self.batcher = Batcher(slots, config.max_queue_delay_ms / 1e3)
@@ -181,7 +181,7 @@ class Generation:
                 self._layouts_made,
                 signature,
                 inputs,
-                row_bytes(signature.outputs, signature.batched),
+                output_row_bytes(signature, self.report),
                 self.arena.slot_bytes,
                 self.config.max_batch_size,
                 self.config.allowed_batch_sizes,

@@ -121,12 +121,10 @@ async def _check(config: Config) -> dict[str, Any]:
     try:
         for name, model in config.models.items():
             started = time.monotonic()
-            report, weights_fd = await asyncio.wait_for(
-                supervisor.load(name, model), config.server.start_timeout_s
-            )
+            report, weights_fd = await supervisor.load(name, model, config.server.start_timeout_s)
             if weights_fd is not None:
                 os.close(weights_fd)
-            slots, slot_bytes = plan_arena(model, report.signatures)
+            slots, slot_bytes = plan_arena(model, report)
             models[name] = describe_report(report, slots, slot_bytes) | {
                 "path": report.path,
                 "max_batch_size": model.max_batch_size,

@@ -79,6 +79,7 @@ def describe_report(report: LoadReport, slots: int, slot_bytes: int) -> dict[str
         "version": report.version,
         "signatures": [msgspec.to_builtins(signature) for signature in report.signatures],
         "skipped": report.skipped,
+        "unobserved": report.unobserved,
         "weights_bytes": report.weights_bytes,
         "weights_shared": report.weights_shared,
         "unshared_reason": report.unshared_reason,

@@ -58,8 +58,10 @@ class Supervisor:
             log.error("zygote lost backend=%s pid=%s how=%s", zygote.backend, zygote.pid, how)
             self._starting[zygote.backend] = asyncio.ensure_future(self._start_zygote(zygote.backend))
 
-    async def load(self, model: str, config: ModelConfig) -> tuple[control.LoadReport, int | None]:
-        """Load a model once in a loader process.
+    async def load(
+        self, model: str, config: ModelConfig, timeout_s: float
+    ) -> tuple[control.LoadReport, int | None]:
+        """Load a model once in a loader process, which may take so long.
 
         Returns:
             What it found, and the memfd with the weights (the caller's to close) if they are shared.
@@ -84,8 +86,12 @@ class Supervisor:
             os.close(order_fd)
             os.close(write_fd)
         try:
-            document = await _read_pipe(read_fd)
+            document = await asyncio.wait_for(_read_pipe(read_fd), timeout_s)
             code = await child.ended
+        except asyncio.TimeoutError:
+            child.kill()
+            os.close(weights_fd)
+            raise ModelLoadError(f"model {model!r}: not loaded within {timeout_s:g} s") from None
         except BaseException:
             child.kill()
             os.close(weights_fd)

@@ -130,7 +130,7 @@ class Runner:
         kind, text = Ring.DONE, ""
         try:
             descriptor = self._descriptor(slot, message.layout)
-            padded = self._padded(rows) if descriptor.batched else rows
+            padded = self._padded(rows, descriptor)
             if padded > rows:
                 self._pad(slot, descriptor, rows, padded)
             bound = self._bound.get((slot, message.layout, padded))
@@ -151,8 +151,12 @@ class Runner:
             kind, text = Ring.MODEL_ERROR, f"{type(e).__name__}: {e}"
         return Message(kind, slot, rows, message.generation, message.layout, text)
 
-    def _padded(self, rows: int) -> int:
-        if rows == 0:  # there is no row to pad with
+    def _padded(self, rows: int, descriptor: BatchDescriptor) -> int:
+        if not descriptor.batched:
+            return rows
+        if rows == 0 and not _has_strings(descriptor):
+            rows = 1  # many operations refuse an empty batch: run a row of zeros, whose outputs nobody reads
+        if rows == 0:  # strings have no such neutral value
             return 0
         at = bisect_left(self._allowed, rows)
         return self._allowed[at] if at < len(self._allowed) else rows
@@ -170,7 +174,7 @@ class Runner:
     def _bind(self, slot: int, descriptor: BatchDescriptor, padded: int) -> _Bound:
         if len(self._bound) >= _BOUND_MAX:
             self._bound.clear()
-        if any(region.dtype == "string" for region in descriptor.inputs):
+        if _has_strings(descriptor):
             bound = _Bound(descriptor, None)
         else:
             arrays = self._inputs(slot, descriptor, padded, padded)
@@ -189,7 +193,7 @@ class Runner:
             if region.dtype == "string":
                 shape = (rows, *region.shape) if descriptor.batched else region.shape
                 strings = _read_strings(memory, region, shape)
-                if padded > rows:
+                if padded > rows > 0:
                     strings = np.concatenate([strings, np.repeat(strings[:1], padded - rows, axis=0)])
                 arrays.append(strings)
             else:
@@ -206,7 +210,7 @@ class Runner:
             if region.dtype != "string" and region.row_bytes:
                 table = memory[region.offset : region.offset + padded * region.row_bytes]
                 by_row = table.reshape(padded, region.row_bytes)
-                by_row[rows:] = by_row[0]
+                by_row[rows:] = by_row[0] if rows else 0
 
     def _write(self, slot: int, bound: _Bound, outputs: list[Array], rows: int) -> bytes:
         """Copy the outputs behind the inputs; gives their encoded places."""
@@ -258,6 +262,10 @@ class Runner:
             bound.targets, bound.places = targets, encoded
             bound.shapes = [target.shape for target in targets]
         return encoded
+
+
+def _has_strings(descriptor: BatchDescriptor) -> bool:
+    return any(region.dtype == "string" for region in descriptor.inputs)
 
 
 def _as_bytes(item: Any) -> bytes:

@@ -43,7 +43,7 @@ def main(control_fd: int, lifeline_fd: int, backend_name: str) -> None:
         find_backend(backend_name).preload()
     gc.collect()
     # Pages that the collector never writes to again stay shared with every fork, and a full collection
-    # in a worker no longer walks the framework's 270,000 objects (0.16 s of stop).
+    # in a worker no longer walks the framework's 300,000 objects (0.16 s of stop).
     gc.freeze()
     release_clean_pages()
     with suppress(BrokenPipeError, ConnectionResetError):  # the front is gone: so are we
