@@ -85,6 +85,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         threads: Threads for one operation; None for the number of cores given.
         gpu_memory_mb: Hard limit on GPU memory in MiB; None for growth on demand.
         warm_up: Whether each batch size runs once before a worker counts as ready.
+        awake_us: How long a worker stays awake for the next batch before it sleeps.
         timeout_ms: Deadline of requests that carry none; None for none.
     """
 
@@ -102,6 +103,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
     gpu_memory_mb: Annotated[int, Meta(ge=1, le=2**24)] | None = None
     warm_up: bool = True
+    awake_us: Annotated[float, Meta(ge=0, le=100_000)] = 0.0
     timeout_ms: Annotated[float, Meta(ge=1, le=MAX_TIMEOUT_MS)] | None = None
 
 

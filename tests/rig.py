@@ -50,7 +50,9 @@ def generation(*signatures: Signature, **config: Any) -> Generation:
     return Generation("m", ModelConfig(path="/models/m", **config), report(*signatures))
 
 
-def identity(*specs: tuple[str, str, tuple[int | None, ...] | None], name: str = "serving_default") -> Signature:
+def identity(
+    *specs: tuple[str, str, tuple[int | None, ...] | None], name: str = "serving_default"
+) -> Signature:
     """A batched signature whose outputs `NAME_out` are its inputs."""
     inputs = tuple(TensorSpec(*spec) for spec in specs)
     outputs = tuple(TensorSpec(f"{spec.name}_out", spec.dtype, spec.shape) for spec in inputs)
@@ -143,9 +145,7 @@ class Rig:
         # A worker maps the arena by itself; here both ends may share one map.
         arena = Arena.__new__(Arena)
         arena.__dict__ |= served.arena.__dict__
-        self.runner = Runner(
-            self.model, arena, served.signatures, served.config.allowed_batch_sizes
-        )
+        self.runner = Runner(self.model, arena, served.signatures, served.config.allowed_batch_sizes)
         self.now = time.monotonic()
         self.batches: list[int] = []
 
@@ -161,7 +161,9 @@ class Rig:
 
     # -- a client's part ----------------------------------------------------------------------------
 
-    def route(self, inputs: dict[str, Array], outputs: Sequence[str] | None = None, name: str | None = None) -> Route:
+    def route(
+        self, inputs: dict[str, Array], outputs: Sequence[str] | None = None, name: str | None = None
+    ) -> Route:
         """The route of a request with these inputs."""
         signature = self.generation.find_signature(name)
         metas = []

@@ -132,14 +132,14 @@ class ScriptedServer:
         predicted: Released once per PREDICT received.
     """
 
-    def __init__(self, endpoint: str, answer: Answer = answer_properly) -> None:
+    def __init__(self, endpoint: str, answer: Answer = answer_properly, *, linger_ms: int = 0) -> None:
         self.endpoint = endpoint
         self.answer = answer
         self.requests: list[Header] = []
         self.predicted = threading.Semaphore(0)
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
-        self._router.linger = 0
+        self._router.linger = linger_ms
         self._router.sndhwm = 0  # a ROUTER drops what a slow client has no room for
         self._router.ipv6 = endpoint.startswith("tcp://[")
         self._router.bind(endpoint)
@@ -189,9 +189,11 @@ class ScriptedServer:
 
 
 @contextlib.contextmanager
-def scripted_server(endpoint: str, answer: Answer = answer_properly) -> Iterator[ScriptedServer]:
+def scripted_server(
+    endpoint: str, answer: Answer = answer_properly, *, linger_ms: int = 0
+) -> Iterator[ScriptedServer]:
     """A scripted server for the length of a block."""
-    server = ScriptedServer(endpoint, answer)
+    server = ScriptedServer(endpoint, answer, linger_ms=linger_ms)
     try:
         yield server
     finally:

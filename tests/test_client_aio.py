@@ -336,6 +336,19 @@ def test_a_server_that_goes_away_fails_every_call_under_way(run, endpoint, where
         run(main(server))
 
 
+def test_what_the_server_said_before_it_went_away_counts(run, endpoint):
+    async def main(server):
+        async with AsyncClient(server.endpoint) as client:
+            call = asyncio.ensure_future(client.predict("m", rows(1)))
+            await predicted(server)
+            server.say(result(server.requests[-1], [rows(1).tobytes()]))
+            await asyncio.get_running_loop().run_in_executor(None, server.stop)
+            np.testing.assert_array_equal((await call)["y"], rows(1))
+
+    with scripted_server(endpoint, on_predict(never), linger_ms=10_000) as server:
+        run(main(server))
+
+
 def test_a_restarted_server_is_found_again(run, endpoint):
     async def main(server):
         async with AsyncClient(endpoint) as client:

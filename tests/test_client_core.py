@@ -589,6 +589,9 @@ def test_any_bytes_are_a_reply_or_a_wire_error(header, tensors, genuine):
         header = b"pl\x01\x81" + header
     with contextlib.suppress(WireError):
         assert isinstance(ClientCore().receive([header, *tensors]), Reply)
+    bundle = wire.head(Kind.RESULT, Flag.BUNDLE) + header[8:]
+    with contextlib.suppress(WireError):
+        assert all(isinstance(reply, Reply) for reply in ClientCore().receive_all([bundle, *tensors]))
 
 
 # -- documents and limits --------------------------------------------------------------------------

@@ -145,9 +145,9 @@ class LoadClient:
         self._context.setsockopt(zmq.SNDHWM, 0)
         self._context.setsockopt(zmq.RCVHWM, 0)
         self._connection = Connection(self._context, task.endpoint)
-        self._descriptors = [
-            int(socket.get(zmq.FD)) for socket in (self._connection.socket, self._connection.monitor)
-        ]
+        sockets = (self._connection.socket, self._connection.monitor)
+        self._watched = [(socket, zmq.POLLIN) for socket in sockets]
+        self._descriptors = [int(socket.get(zmq.FD)) for socket in sockets]
         # Of each input: its message before and after the request's id, and its tensors.
         self._messages: list[tuple[bytes, bytes, list[Frame]]] = []
         self._latencies_s: list[float] = []
@@ -176,7 +176,7 @@ class LoadClient:
         while not self._connection.is_connected():
             if time.monotonic() >= deadline:
                 raise Unavailable(f"no server at {task.endpoint}")
-            self._connection.socket.poll(100, zmq.POLLOUT)
+            self._connection.monitor.poll(100)
         reply = self._call(self._core.signature_request(task.model))
         signature = self._core.learn(task.model, None, reply.take_document()).signature()
         for inputs in make_inputs(task, signature):
@@ -293,9 +293,14 @@ class LoadClient:
 
     def _wait(self, until_s: float) -> bool:
         """Wait for news or that instant; False if the connection broke."""
-        timeout_s = None if until_s == math.inf else max(0.0, until_s - time.monotonic())
-        news, _, _ = select.select(self._descriptors, [], [], timeout_s)
-        return not news or not self._connection.is_broken()
+        timeout_s = max(0.0, until_s - time.monotonic())
+        if self._task.rate is None:
+            # ZeroMQ's own poll sleeps through what is news to the descriptor but no message.
+            news = zmq.zmq_poll(self._watched, -1 if timeout_s == math.inf else math.ceil(timeout_s * 1e3))
+            return not news or news[0][0] is self._connection.socket or not self._connection.is_broken()
+        # But it counts whole milliseconds, and the next request may be due sooner.
+        ready, _, _ = select.select(self._descriptors, [], [], None if timeout_s == math.inf else timeout_s)
+        return not ready or not self._connection.is_broken()
 
 
 def tell(line: dict[str, Any]) -> None:

@@ -318,9 +318,11 @@ class AsyncClient:
     def _look(self) -> None:
         self._is_look_scheduled = False
         connection = self._connection
-        if connection is not None and (
-            connection.has_message() or (self._unsent and connection.is_connected())
-        ):
+        if connection is None:
+            return
+        if self._unsent and connection.has_room():
+            self._send_unsent(connection)
+        if connection.has_message():
             self._on_readable(connection)
 
     def _on_readable(self, connection: Connection) -> None:
@@ -365,12 +367,12 @@ class AsyncClient:
             self._hang_up(e)
             return
         for connection in self._dialled:
-            self._loop.add_reader(connection.socket.fileno(), self._on_dialled, connection)
+            self._loop.add_reader(connection.monitor.fileno(), self._on_dialled, connection)
             self._loop.call_soon(self._on_dialled, connection)
         self._dial_timer = self._loop.call_later(self._connect_timeout, self._give_up_dialling)
 
     def _on_dialled(self, connection: Connection) -> None:
-        if connection not in self._dialled or not connection.is_connected() or connection.is_broken():
+        if connection not in self._dialled or not connection.is_connected():
             return
         assert self._loop is not None
         self._dialled.remove(connection)

@@ -381,7 +381,7 @@ class ClientCore:
             WireError: as for `receive`, or the table that says whose the replies are cannot be read.
         """
         header: bytes = frames[0]
-        if header[:8] != _RESULT_BUNDLE_HEAD:
+        if header[:8] != _RESULT_BUNDLE_HEAD or len(header) < wire.FIXED_BYTES:
             return (self.receive(frames),)
         decoded_rows = wire.HEAD.unpack_from(header)[3]
         parts = wire.split_parts(frames[1] if len(frames) > 1 else b"", decoded_rows)

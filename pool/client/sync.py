@@ -241,10 +241,7 @@ class Client:
 
     def _converse(self, connection: Connection, request: Request, timeout: float, deadline: float) -> Reply:
         id_, frames = request
-        try:
-            connection.send(frames)
-        except zmq.Again:
-            raise Unavailable(f"the server at {connection.endpoint} went away") from None
+        connection.send(frames)  # has room: nothing else is under way on it
         watched = [(connection.socket, zmq.POLLIN), (connection.monitor, zmq.POLLIN)]
         is_broken = False
         while True:
@@ -295,9 +292,9 @@ class Client:
             for endpoint in self._endpoints:
                 dialled.append(Connection(context, endpoint))
             while True:
-                zmq.zmq_poll([(each.socket, zmq.POLLOUT) for each in dialled], _poll_ms(patience))
+                zmq.zmq_poll([(each.monitor, zmq.POLLIN) for each in dialled], _poll_ms(patience))
                 for connection in dialled:
-                    if connection.is_connected() and not connection.is_broken():
+                    if connection.is_connected():
                         dialled.remove(connection)
                         return connection
                 if time.monotonic() >= patience:

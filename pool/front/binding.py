@@ -43,10 +43,12 @@ def _prepare_ipc(path: str) -> None:
     A socket file left behind by a killed server does not matter: ZeroMQ replaces it.
 
     Raises:
-        ConfigError: something else is there, or a server answers.
+        ConfigError: something else is there, a server answers, or the directory is somebody else's.
     """
+    directory = os.path.dirname(path)
     try:
-        os.makedirs(os.path.dirname(path), mode=0o750, exist_ok=True)
+        os.makedirs(directory, mode=0o750, exist_ok=True)
+        _check_owner(path, directory)
         mode = os.stat(path).st_mode
     except FileNotFoundError:
         return
@@ -60,3 +62,13 @@ def _prepare_ipc(path: str) -> None:
         except OSError:
             return
     raise ConfigError(f"endpoint ipc://{path}: another server is listening there")
+
+
+def _check_owner(path: str, directory: str) -> None:
+    """Below a directory like /tmp anybody may have made this one first, to put a socket of theirs in it."""
+    owner = os.stat(directory).st_uid
+    anybody_makes = os.stat(os.path.dirname(directory)).st_mode & stat.S_ISVTX
+    if anybody_makes and owner != os.geteuid():
+        raise ConfigError(
+            f"endpoint ipc://{path}: {directory} belongs to user {owner}; wanted {os.geteuid()}, who serves"
+        )

@@ -19,16 +19,15 @@ from pool.errors import (
     InvalidInput,
     Overloaded,
     PoolError,
-    SignatureNotFound,
     TooLarge,
 )
 from pool.front.batcher import Batcher, Ticket
 from pool.front.columns import read_columns, read_numeric
 from pool.front.replies import Join, Reply
-from pool.front.sizing import output_row_bytes, plan_arena
+from pool.front.sizing import plan_arena, row_bytes
 from pool.shm.arena import Arena, Layout, decode_outputs, plan_layout
 from pool.shm.control import LoadReport
-from pool.signature import Signature, TensorSpec
+from pool.signature import Signature, TensorSpec, choose_signature
 from pool.wire import PredictMeta, TensorMeta
 
 # Distinct shapes (and output tables) remembered. Each is about a kB; a client that makes up shapes
@@ -160,15 +159,7 @@ class Generation:
         Raises:
             SignatureNotFound: there is none; the sentence lists those there are.
         """
-        if name is None:
-            if len(self.signatures) == 1:
-                return next(iter(self.signatures.values()))
-            name = "serving_default"
-        found = self.signatures.get(name)
-        if found is None:
-            names = ", ".join(repr(n) for n in sorted(self.signatures))
-            raise SignatureNotFound(f"model {self.model!r} has no signature {name!r}; wanted {names}")
-        return found
+        return choose_signature(tuple(self.signatures.values()), name)
 
     def _layout(self, signature: Signature, inputs: list[TensorMeta]) -> Layout:
         key = (signature.name, tuple(tensor.shape for tensor in inputs))
@@ -181,10 +172,11 @@ class Generation:
                 self._layouts_made,
                 signature,
                 inputs,
-                output_row_bytes(signature, self.report),
+                row_bytes(signature.outputs, signature.batched),
                 self.arena.slot_bytes,
                 self.config.max_batch_size,
                 self.config.allowed_batch_sizes,
+                self.report.output_row_bytes.get(signature.name) or 0,
             )
         return layout
 

@@ -164,6 +164,7 @@ class Replicas:
                 slots=len(generation.arena.slots),
                 slot_bytes=generation.arena.slot_bytes,
                 allowed_batch_sizes=config.allowed_batch_sizes,
+                awake_s=config.awake_us / 1e6,
                 warm_up=tuple(
                     control.WarmUp(signature, recipes[name], warm_up_rows(signature, config))
                     for name, signature in generation.signatures.items()

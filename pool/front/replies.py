@@ -164,6 +164,7 @@ class Join:
 
     def send_error(self, ticket: Ticket, error: PoolError) -> None:
         """One part failed: so has the request. The other parts are not wanted any more."""
+        assert ticket.is_settled, "whoever answers for a part settles it first"
         was_settled = self.whole.is_settled
         self.withdraw()
         if not was_settled:

@@ -30,12 +30,6 @@ def row_bytes(specs: Sequence[TensorSpec], batched: bool) -> int | None:
     return total
 
 
-def output_row_bytes(signature: Signature, report: LoadReport) -> int | None:
-    """Bytes of one row of all outputs: as the signature declares, else as the loader saw, else None."""
-    declared = row_bytes(signature.outputs, signature.batched)
-    return declared if declared is not None else report.output_row_bytes.get(signature.name)
-
-
 def plan_arena(config: ModelConfig, report: LoadReport) -> tuple[int, int]:
     """Number of slots and bytes of each, from the config where it says, else from the signatures."""
     rows_bytes = config.max_rows_bytes

@@ -59,12 +59,20 @@ class Child:
         self.exit_code: int | None = None
         self.refusal = ""
         self.ended: asyncio.Future[int] = loop.create_future()
+        self._is_unwanted = False
 
     def kill(self) -> None:
-        """Send SIGKILL, if it is still there."""
+        """Send SIGKILL, if it is still there; as soon as it is, if it is not yet."""
+        self._is_unwanted = True
         if self.pid is not None and not self.ended.done():
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
+
+    def started(self, pid: int) -> None:
+        """The zygote has forked it."""
+        self.pid = pid
+        if self._is_unwanted:
+            self.kill()
 
 
 class Zygote:
@@ -112,7 +120,8 @@ class Zygote:
         finally:
             its.close()
         self._loop.add_reader(mine.fileno(), self._read_reports)
-        await self._preloaded
+        # A caller that gives up does not change whether the import is done: `stop` asks.
+        await asyncio.shield(self._preloaded)
 
     def fork(self, role: str, fds: list[int]) -> Child:
         """Have a child forked; `fds` are duplicated into it (`pool.shm.control` lists them by role).
@@ -167,7 +176,7 @@ class Zygote:
             case control.Preloaded():
                 self._preloaded.set_result(None)
             case control.Forked(token, pid):
-                self._children[token].pid = pid
+                self._children[token].started(pid)
             case control.ForkFailed(token, reason):
                 child = self._children.pop(token)
                 child.refusal = f"cannot fork: {reason}"

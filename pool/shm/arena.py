@@ -139,6 +139,7 @@ def plan_layout(
     slot_bytes: int,
     max_batch_size: int,
     allowed_batch_sizes: Sequence[int] = (),
+    seen_row_bytes: int = 0,
 ) -> Layout:
     """Cut a slot up for requests of these row shapes.
 
@@ -147,10 +148,11 @@ def plan_layout(
         signature: What will run.
         inputs: Dtype and row shape of each input, in the signature's order.
         output_row_bytes: Bytes of one row of all outputs; None when only a run can tell, and then
-            as much room is kept for outputs as the inputs take.
+            as much room is kept for outputs as the inputs take, or as was seen.
         slot_bytes: Size of a slot, header pages included.
         max_batch_size: Most rows in a batch.
         allowed_batch_sizes: If any, the sizes that batches are padded up to, rising.
+        seen_row_bytes: Bytes of one row of all outputs in runs so far; other shapes may give more.
 
     Raises:
         TooLarge: not even one row fits.
@@ -163,7 +165,7 @@ def plan_layout(
     fixed = heaps + alignment_bytes(len(inputs), len(signature.outputs))
     row = sum(ITEM_BYTES[t.dtype] * row_items(t.shape) for t in numeric)
     row += sum(8 * row_items(t.shape) for t in strings)
-    out = output_row_bytes if output_row_bytes is not None else max(row, 8)
+    out = output_row_bytes if output_row_bytes is not None else max(row, seen_row_bytes, 8)
     most = max_batch_size if signature.batched else 1
     capacity = min(most, (area - fixed) // max(row + out, 1))
     if signature.batched and allowed_batch_sizes:  # a batch must still fit when padded

@@ -139,6 +139,7 @@ class WorkerOrder(msgspec.Struct, frozen=True):
     slot_bytes: int
     allowed_batch_sizes: tuple[int, ...]
     warm_up: tuple[WarmUp, ...]
+    awake_s: float = 0.0  # how long it stays awake for the next batch before it sleeps
 
 
 PACKET_MAX_BYTES = 65_536

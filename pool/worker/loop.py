@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import os
 import socket
-import sys
 import time
 from bisect import bisect_left
 from typing import Any
@@ -34,8 +33,12 @@ from pool.wire import encode_strings
 _BOUND_MAX = 4096
 
 
-def run_worker(order: WorkerOrder, doorbell_fd: int, arena_fd: int, weights_fd: int | None = None) -> None:
-    """Load the model, say READY, and run batches until the front closes the doorbell."""
+def run_worker(order: WorkerOrder, doorbell_fd: int, arena_fd: int, weights_fd: int | None = None) -> int:
+    """Load the model, say READY, and run batches until the front closes the doorbell.
+
+    Returns:
+        The process's exit code: 1 if the model does not load, which the front was told why.
+    """
     from pool.worker.zygote import name_process
 
     name_process(f"pool-{order.index}-{order.model}")
@@ -49,15 +52,15 @@ def run_worker(order: WorkerOrder, doorbell_fd: int, arena_fd: int, weights_fd: 
         _warm_up(order, model)
     except PoolError as e:
         doorbell.ring(sock, Message(Ring.LOAD_ERROR, text=e.message))
-        sys.exit(1)
+        return 1
     gc.collect()
     gc.freeze()
     doorbell.ring(sock, Message(Ring.READY))
     runner = Runner(model, arena, signatures, order.allowed_batch_sizes)
     while True:
-        message = doorbell.answer(sock)
+        message = doorbell.await_message(sock, order.awake_s)
         if message is None or message.kind == Ring.DRAIN:
-            return
+            return 0
         doorbell.ring(sock, runner.run(message))
 
 

@@ -121,11 +121,11 @@ def _play(role: str, fds: list[int]) -> None:
             from pool.worker.loader import run_loader
 
             run_loader(control.read_order(order_fd, control.LoaderOrder), *rest)
+            code = 0
         else:
             from pool.worker.loop import run_worker
 
-            run_worker(control.read_order(order_fd, control.WorkerOrder), *rest)
-        code = 0
+            code = run_worker(control.read_order(order_fd, control.WorkerOrder), *rest)
     except BaseException:
         traceback.print_exc()
     finally:

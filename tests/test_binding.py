@@ -1,0 +1,99 @@
+"""Binding real sockets to real addresses."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+import zmq
+
+from pool.errors import ConfigError
+from pool.front.binding import bind
+
+
+@pytest.fixture
+def router():
+    context = zmq.Context()
+    made = context.socket(zmq.ROUTER)
+    yield made
+    made.close(0)
+    context.term()
+
+
+def test_the_directory_and_the_socket_are_made_for_owner_and_group(router, tmp_path):
+    path = tmp_path / "run" / "pool" / "pool.sock"
+    assert bind(router, f"ipc://{path}", 0o640) == str(path)
+    assert path.is_socket()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert stat.S_IMODE(path.parent.stat().st_mode) & 0o027 == 0
+
+
+def test_tcp_has_no_file_to_remove(router):
+    assert bind(router, "tcp://127.0.0.1:*", 0o660) is None
+
+
+def test_a_socket_file_nobody_listens_on_is_replaced(router, tmp_path):
+    path = tmp_path / "pool.sock"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    assert path.exists()
+    bind(router, f"ipc://{path}", 0o660)
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.connect(str(path))
+
+
+def test_a_server_that_listens_is_left_alone(router, tmp_path):
+    path = tmp_path / "pool.sock"
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        other.listen()
+        with pytest.raises(ConfigError, match=f"endpoint ipc://{path}: another server is listening there"):
+            bind(router, f"ipc://{path}", 0o660)
+        assert path.exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_what_is_not_a_socket_is_left_alone(router, tmp_path, kind):
+    path = tmp_path / "pool.sock"
+    path.write_text("precious") if kind == "file" else path.mkdir()
+    with pytest.raises(ConfigError, match="a file that is not a socket is there"):
+        bind(router, f"ipc://{path}", 0o660)
+    assert path.exists()
+
+
+def test_a_directory_that_cannot_be_made_is_a_mistake_of_the_config(router, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"endpoint ipc://.*: Not a directory"):
+        bind(router, f"ipc://{tmp_path}/file/run/pool.sock", 0o660)
+
+
+def test_a_port_in_use_is_a_mistake_of_the_config(router):
+    with contextlib.closing(socket.socket()) as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        endpoint = f"tcp://127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"endpoint {endpoint}: cannot bind: Address already in use"):
+            bind(router, endpoint, 0o660)
+
+
+def test_no_descriptor_is_left_by_a_refusal(router, tmp_path):
+    path = Path(tmp_path / "pool.sock")
+    path.write_text("")
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(ConfigError):
+        bind(router, f"ipc://{path}", 0o660)
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_somebody_else_s_directory_below_one_for_all_is_refused(router, tmp_path):
+    tmp_path.chmod(0o1777)
+    directory = tmp_path / "pool-0"
+    directory.mkdir()
+    os.chown(directory, 12345, -1)
+    with pytest.raises(ConfigError, match=f"{directory} belongs to user 12345; wanted 0"):
+        bind(router, f"ipc://{directory}/pool.sock", 0o660)
