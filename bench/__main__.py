@@ -1,4 +1,7 @@
-"""`python -m bench [NAME …] [--rounds N]`: measure, print a table, write `bench/results.json`."""
+"""`python -m bench [NAME …] [--rounds N]`: measure and print a table.
+
+Without names, everything is measured, and `bench/results.json` and the README's table are written.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench import readme
 from bench.machine import describe
 from bench.processes import Bare, server
 from tests import models
@@ -138,7 +142,9 @@ def main() -> None:
                 f"{mark:4} {row['what']:62} {row['value']:>12,.3f} {row['unit']:12} {row['goal']}", flush=True
             )
     if not args.names:
-        RESULTS.write_text(json.dumps({**machine, "rounds": args.rounds, "figures": rows}, indent=2) + "\n")
+        results = {**machine, "rounds": args.rounds, "figures": rows}
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+        readme.write(results)
 
 
 main()
