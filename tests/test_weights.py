@@ -114,9 +114,7 @@ def test_memory_that_is_not_there_is_an_error_and_leaves_nothing(fd):
     # before it asks the kernel, which would kill whatever runs on this machine to find that much.
     endless = np.lib.stride_tricks.as_strided(np.zeros(1), (1 << 57,), (0,))
     assert memory.available_bytes() < endless.nbytes
-    with pytest.raises(
-        ModelLoadError, match="1,152,921,504,606,846,976 bytes of shared memory wanted; "
-    ):
+    with pytest.raises(ModelLoadError, match="1,152,921,504,606,846,976 bytes of shared memory wanted; "):
         weights.write(fd, [("w", endless)])
     assert os.fstat(fd).st_size == 0
 
