@@ -97,3 +97,15 @@ def test_somebody_else_s_directory_below_one_for_all_is_refused(router, tmp_path
     os.chown(directory, 12345, -1)
     with pytest.raises(ConfigError, match=f"{directory} belongs to user 12345; wanted 0"):
         bind(router, f"ipc://{directory}/pool.sock", 0o660)
+
+
+def test_a_directory_of_somebody_else_in_a_place_for_all_is_not_trusted(router, tmp_path):
+    tmp_path.chmod(0o1777)  # as /tmp is
+    theirs = tmp_path / "pool"
+    theirs.mkdir()
+    try:
+        os.chown(theirs, 12345, -1)
+    except PermissionError:
+        pytest.skip("only root can give a directory away")
+    with pytest.raises(ConfigError, match=r"belongs to user 12345; wanted \d+, who serves"):
+        bind(router, f"ipc://{theirs}/pool.sock", 0o660)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pool.shm.doorbell import TEXT_MAX_BYTES, Message, Ring, answer, make_pair, ring
+from pool.shm.doorbell import TEXT_MAX_BYTES, Message, Ring, answer, await_message, make_pair, ring
 
 U16 = st.integers(0, 0xFFFF)
 U32 = st.integers(0, 0xFFFF_FFFF)
@@ -84,6 +85,29 @@ def test_an_end_closed_with_messages_unread_reads_as_none():
         ring(front, Message(Ring.RUN))
         worker.close()
         assert answer(front) is None  # the kernel says ECONNRESET first
+
+
+@pytest.mark.parametrize("awake_s", [0.0, 0.05])
+def test_a_worker_that_waits_is_rung_awake_or_asleep(awake_s):
+    with pair() as (front, worker):
+        ring(front, Message(Ring.RUN, slot=1))
+        assert await_message(worker, awake_s) == Message(Ring.RUN, slot=1)
+        # Nothing comes while it is awake: it falls asleep, and is woken.
+        sleeper = threading.Thread(target=lambda: heard.append(await_message(worker, awake_s)))
+        heard = []
+        sleeper.start()
+        while "S" not in thread_state(sleeper):
+            pass
+        ring(front, Message(Ring.RUN, slot=2))
+        sleeper.join()
+        assert heard == [Message(Ring.RUN, slot=2)]
+        front.close()
+        assert await_message(worker, awake_s) is None
+
+
+def thread_state(thread):
+    with open(f"/proc/self/task/{thread.native_id}/stat") as f:
+        return f.read().rpartition(")")[2].split()[0]
 
 
 def test_a_packet_that_is_no_message_reads_as_the_end():

@@ -45,7 +45,7 @@ warm_up = false
 path = "{path}"
 warm_up = false
 """
-PATIENCE_S = 30.0
+PATIENCE_S = 40.0
 ROW = np.ones(1, np.float32)
 
 
@@ -106,7 +106,7 @@ class Front:
                 stderr=file,
                 start_new_session=True,
             )
-        self.client = Client(self.endpoint, connect_timeout=PATIENCE_S)
+        self.client = Client(self.endpoint, connect_timeout=1.0)
         self._seen = set()
 
     def await_ready(self):
@@ -421,6 +421,13 @@ def test_a_killed_front_takes_all_along_and_the_next_one_starts_where_it_was(sta
     assert works(next_one)
     next_one.process.send_signal(signal.SIGTERM)
     assert next_one.wait() == 0
+
+
+def test_a_front_killed_while_it_starts_leaves_nothing(start):
+    front = start()
+    await_that(front.descendants)
+    front.process.kill()
+    assert front.wait() == -signal.SIGKILL
 
 
 def test_a_model_that_does_not_load_ends_the_start_with_its_reason(start, text):

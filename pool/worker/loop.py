@@ -39,9 +39,6 @@ def run_worker(order: WorkerOrder, doorbell_fd: int, arena_fd: int, weights_fd: 
     Returns:
         The process's exit code: 1 if the model does not load, which the front was told why.
     """
-    from pool.worker.zygote import name_process
-
-    name_process(f"pool-{order.index}-{order.model}")
     sock = socket.socket(fileno=doorbell_fd)
     sock.setblocking(True)
     try:

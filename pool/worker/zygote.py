@@ -27,7 +27,13 @@ from contextlib import contextmanager, suppress
 from pool.backends import find_backend
 from pool.shm import control
 
+# Not first in the fork: all forks share the imported pages, and run the code that the zygote was started
+# with even if another version is installed meanwhile.
+from pool.worker.loader import run_loader
+from pool.worker.loop import run_worker
+
 _MADV_DONTNEED = 4
+_PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 
 
@@ -39,8 +45,11 @@ def main(control_fd: int, lifeline_fd: int, backend_name: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sock = socket.socket(fileno=control_fd)
     name_process("pool-zygote")
+    # While it imports, for seconds, it does not see its control socket close.
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     with _stderr_held_back():
         find_backend(backend_name).preload()
+    _prctl(_PR_SET_PDEATHSIG, 0)
     gc.collect()
     # Pages that the collector never writes to again stay shared with every fork, and a full collection
     # in a worker no longer walks the framework's 300,000 objects (0.16 s of stop).
@@ -118,14 +127,12 @@ def _play(role: str, fds: list[int]) -> None:
         order_fd, lifeline_fd, *rest = fds
         threading.Thread(target=_die_with_front, args=(lifeline_fd,), daemon=True).start()
         if role == "loader":
-            from pool.worker.loader import run_loader
-
             run_loader(control.read_order(order_fd, control.LoaderOrder), *rest)
             code = 0
         else:
-            from pool.worker.loop import run_worker
-
-            code = run_worker(control.read_order(order_fd, control.WorkerOrder), *rest)
+            order = control.read_order(order_fd, control.WorkerOrder)
+            name_process(f"pool-{order.index}-{order.model}")
+            code = run_worker(order, *rest)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -141,7 +148,11 @@ def _die_with_front(lifeline_fd: int) -> None:
 
 def name_process(name: str) -> None:
     """Set the name that `ps` and `top` show (15 bytes; prctl(2) PR_SET_NAME)."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0)
+    _prctl(_PR_SET_NAME, name.encode()[:15])
+
+
+def _prctl(option: int, value: int | bytes) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
 def release_clean_pages() -> int:
