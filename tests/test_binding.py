@@ -89,16 +89,6 @@ def test_no_descriptor_is_left_by_a_refusal(router, tmp_path):
     assert set(os.listdir("/proc/self/fd")) == before
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
-def test_somebody_else_s_directory_below_one_for_all_is_refused(router, tmp_path):
-    tmp_path.chmod(0o1777)
-    directory = tmp_path / "pool-0"
-    directory.mkdir()
-    os.chown(directory, 12345, -1)
-    with pytest.raises(ConfigError, match=f"{directory} belongs to user 12345; wanted 0"):
-        bind(router, f"ipc://{directory}/pool.sock", 0o660)
-
-
 def test_a_directory_of_somebody_else_in_a_place_for_all_is_not_trusted(router, tmp_path):
     tmp_path.chmod(0o1777)  # as /tmp is
     theirs = tmp_path / "pool"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pool.shm.doorbell import TEXT_MAX_BYTES, Message, Ring, answer, await_message, make_pair, ring
+from pool.shm.doorbell import TEXT_MAX_BYTES, Message, Ring, Waiter, answer, make_pair, ring
 
 U16 = st.integers(0, 0xFFFF)
 U32 = st.integers(0, 0xFFFF_FFFF)
@@ -90,10 +90,11 @@ def test_an_end_closed_with_messages_unread_reads_as_none():
 @pytest.mark.parametrize("awake_s", [0.0, 0.05])
 def test_a_worker_that_waits_is_rung_awake_or_asleep(awake_s):
     with pair() as (front, worker):
+        waiter = Waiter(worker, awake_s)
         ring(front, Message(Ring.RUN, slot=1))
-        assert await_message(worker, awake_s) == Message(Ring.RUN, slot=1)
+        assert waiter.next() == Message(Ring.RUN, slot=1)
         # Nothing comes while it is awake: it falls asleep, and is woken.
-        sleeper = threading.Thread(target=lambda: heard.append(await_message(worker, awake_s)))
+        sleeper = threading.Thread(target=lambda: heard.append(waiter.next()))
         heard = []
         sleeper.start()
         while "S" not in thread_state(sleeper):
@@ -102,7 +103,7 @@ def test_a_worker_that_waits_is_rung_awake_or_asleep(awake_s):
         sleeper.join()
         assert heard == [Message(Ring.RUN, slot=2)]
         front.close()
-        assert await_message(worker, awake_s) is None
+        assert waiter.next() is None
 
 
 def thread_state(thread):

@@ -54,8 +54,9 @@ def run_worker(order: WorkerOrder, doorbell_fd: int, arena_fd: int, weights_fd: 
     gc.freeze()
     doorbell.ring(sock, Message(Ring.READY))
     runner = Runner(model, arena, signatures, order.allowed_batch_sizes)
+    waiter = doorbell.Waiter(sock, order.awake_s)
     while True:
-        message = doorbell.await_message(sock, order.awake_s)
+        message = waiter.next()
         if message is None or message.kind == Ring.DRAIN:
             return 0
         doorbell.ring(sock, runner.run(message))
