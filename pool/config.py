@@ -39,6 +39,7 @@ MIN_MESSAGE_BYTES = 65_536  # the longest header of the wire must fit
 MAX_TIMEOUT_MS = 2**32 - 1  # the wire carries it as a u32
 
 Backend = Literal["tensorflow"]
+AwakeUs = Annotated[float, Meta(ge=0, le=100_000)]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -52,6 +53,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         start_timeout_s: Longest time for a model's workers to load and be ready.
         drain_timeout_s: Longest wait for admitted requests when stopping.
         log_level: Least severe line that is logged.
+        awake_us: Longest the front stays awake for an event that came quickly the last time.
     """
 
     endpoints: tuple[str, ...] = ()
@@ -60,6 +62,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     start_timeout_s: Annotated[float, Meta(ge=0.1, le=86_400)] = 300.0
     drain_timeout_s: Annotated[float, Meta(ge=0, le=86_400)] = 30.0
     log_level: LogLevel = "info"
+    awake_us: AwakeUs = 300.0
 
     @property
     def ipc_permissions(self) -> int:
@@ -85,7 +88,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         threads: Threads for one operation; None for the number of cores given.
         gpu_memory_mb: Hard limit on GPU memory in MiB; None for growth on demand.
         warm_up: Whether each batch size runs once before a worker counts as ready.
-        awake_us: How long a worker stays awake for the next batch before it sleeps.
+        awake_us: Longest a worker stays awake for the next batch, if the last one came quickly.
         timeout_ms: Deadline of requests that carry none; None for none.
     """
 
@@ -103,7 +106,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
     gpu_memory_mb: Annotated[int, Meta(ge=1, le=2**24)] | None = None
     warm_up: bool = True
-    awake_us: Annotated[float, Meta(ge=0, le=100_000)] = 0.0
+    awake_us: AwakeUs = 300.0
     timeout_ms: Annotated[float, Meta(ge=1, le=MAX_TIMEOUT_MS)] | None = None
 
 

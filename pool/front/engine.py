@@ -28,6 +28,7 @@ from pool.errors import (
     VersionNotFound,
     WorkerLost,
 )
+from pool.front.awake import Awake, Event
 from pool.front.batcher import Slot, Ticket
 from pool.front.generation import Generation, Route
 from pool.front.replicas import Replicas, Worker
@@ -88,6 +89,8 @@ class Engine:
         self._generations: list[Generation] = []
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = inf
+        self._running = 0  # batches that workers have
+        self._awake = Awake(self._loop, config.server.awake_us / 1e6)
         self._idle: asyncio.Event = asyncio.Event()
         self.is_draining = False
 
@@ -213,8 +216,13 @@ class Engine:
 
     def flush(self, generation: Generation, now: float) -> None:
         """Rows were placed: start what can start, and arm the timer for what cannot yet."""
+        self._awake.came(Event.REQUEST, now)
+        self._advance(generation, now)
+
+    def _advance(self, generation: Generation, now: float) -> None:
         self._dispatch(generation, now)
         self._arm(generation, now)
+        self._awake.wait_for(Event.ANSWER if self._running else Event.REQUEST, now)
 
     def _dispatch(self, generation: Generation, now: float) -> None:
         replicas = self.models[generation.model].replicas
@@ -222,6 +230,7 @@ class Engine:
         for slot, index in generation.batcher.dispatch(now):
             generation.arena.describe(slot.index, slot.tickets[0].route.layout)
             replicas.run(replicas.workers[index], slot)
+            self._running += 1
 
     def _arm(self, generation: Generation, now: float) -> None:
         wakeup = generation.batcher.next_wakeup()
@@ -239,7 +248,7 @@ class Engine:
                 waited_ms = (now - ticket.received_at) * 1e3
                 late = DeadlineExceeded(f"no answer within the request's timeout; waited {waited_ms:.0f} ms")
                 ticket.sink.send_error(ticket, late)
-            self.flush(generation, now)
+            self._advance(generation, now)
         self._note_idle()
 
     # -- workers (Listener) -------------------------------------------------------------------------
@@ -247,7 +256,7 @@ class Engine:
     def worker_ready(self, generation: Generation, worker: Worker) -> None:
         """A worker can take a batch."""
         generation.batcher.worker_ready(worker.index)
-        self.flush(generation, time.monotonic())
+        self._advance(generation, time.monotonic())
 
     def worker_answered(self, generation: Generation, worker: Worker, message: Message) -> None:
         """A batch came back: first keep the worker busy, then send the answers."""
@@ -260,8 +269,10 @@ class Engine:
         replicas = self.models[generation.model].replicas
         assert replicas is not None
         replicas.finished(worker)
+        self._running -= 1
         batcher.worker_ready(worker.index)
         now = time.monotonic()
+        self._awake.came(Event.ANSWER, now)
         self._dispatch(generation, now)
         self._count(generation, slot.rows)
         if message.kind == Ring.DONE:
@@ -271,7 +282,7 @@ class Engine:
             self._refuse(tickets, kind(message.text))
         if slot.pins == 0:
             self._release(generation, slot)
-        self._arm(generation, now)
+        self._advance(generation, now)
 
     def _deliver(self, generation: Generation, slot: Slot, tickets: list[Ticket]) -> None:
         # Most batches hold requests of one kind for one sink: one call then sends them all.
@@ -322,6 +333,7 @@ class Engine:
         """A worker's process is gone: nothing writes to its slot any more."""
         generation.batcher.worker_lost(worker.index)
         if slot is not None:
+            self._running -= 1
             rows = slot.rows
             tickets = generation.batcher.reap(slot)
             self._refuse(tickets, WorkerLost(f"the worker running the batch of {rows} rows ended: {how}"))
