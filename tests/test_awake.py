@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from pool.front.awake import Awake, Event
 
 
@@ -47,16 +49,18 @@ def test_what_came_quickly_is_waited_for_awake_for_a_while():
     assert loop.turns(0.125) == 8
 
 
-def test_what_came_slowly_is_waited_for_asleep():
+@pytest.mark.parametrize(("took", "is_awake"), [(0.5, True), (1.0, False), (8.0, False)])
+@pytest.mark.parametrize("took_before", [0.25, 4.0])
+def test_only_what_took_long_the_last_time_is_waited_for_asleep(took_before, took, is_awake):
     loop = Loop()
     a = awake(loop, 1.0)
-    for after, is_awake in ((0.5, True), (1.0, False), (8.0, False), (0.25, True)):
+    for after in (took_before, took):
         a.wait_for(Event.REQUEST, loop.now)
         loop.now += after
         a.came(Event.REQUEST, loop.now)
-        a.wait_for(Event.REQUEST, loop.now)
-        assert bool(loop.turns(1.0)) == is_awake
-        a.came(Event.REQUEST, loop.now)
+        loop.turns(0.0)
+    a.wait_for(Event.REQUEST, loop.now)
+    assert bool(loop.turns(1.0)) == is_awake
 
 
 def test_one_event_says_nothing_of_the_other():
