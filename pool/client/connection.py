@@ -21,6 +21,10 @@ from pool.endpoints import check_endpoint, default_endpoint
 from pool.errors import ConfigError, DeadlineExceeded, PoolError, Unavailable, WireError
 from pool.wire import Kind
 
+# From here, to have ZeroMQ keep hold of a frame (a trip through pyzmq's collector thread) costs less than a
+# copy of it, which also has the kernel find and clear new pages each time.
+ZERO_COPY_BYTES = 256 << 10
+
 _monitor_numbers = itertools.count(1)
 
 _RESULT = bytes((Kind.RESULT,))
@@ -140,13 +144,15 @@ class Connection:
     def send(self, frames: Sequence[Frame]) -> None:
         """Queue one message without blocking.
 
+        Frames of `ZERO_COPY_BYTES` and more are not copied: what they alias must not change until it is sent.
+
         Raises:
             zmq.Again: the queue is full; none of it was sent.
         """
         send = self._send
         for frame in frames[:-1]:
-            send(frame, _MORE)
-        send(frames[-1], _NOBLOCK)
+            send(frame, _MORE, len(frame) < ZERO_COPY_BYTES)
+        send(frames[-1], _NOBLOCK, len(frames[-1]) < ZERO_COPY_BYTES)
 
     def receive(self) -> list[Frame]:
         """Take one message from the queue without blocking: the header as `bytes`, tensors as `zmq.Frame`.
