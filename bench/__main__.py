@@ -129,20 +129,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("names", metavar="NAME", nargs="*", choices=[[], *MEASUREMENTS], help="default: all")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of which the median counts")
+    parser.add_argument("--record", action="store_true", help="with names: write these, keep the others")
     args = parser.parse_args()
     machine = describe()
     print("\n".join(f"{key}: {value}" for key, value in machine.items()) + "\n")
-    rows = []
+    measured: dict[str, list[dict[str, Any]]] = {}
     for name in args.names or MEASUREMENTS:
+        measured[name] = []
         for figure in MEASUREMENTS[name](args.rounds):
             row = figure.row
-            rows.append(row)
+            measured[name].append(row)
             mark = "" if not row["goal"] else ("ok  " if row["reached"] else "MISS")
             print(
                 f"{mark:4} {row['what']:62} {row['value']:>12,.3f} {row['unit']:12} {row['goal']}", flush=True
             )
-    if not args.names:
-        results = {**machine, "rounds": args.rounds, "figures": rows}
+    if not args.names or args.record:
+        before = json.loads(RESULTS.read_text())["figures"] if args.names else {}
+        figures = {name: measured.get(name) or before[name] for name in MEASUREMENTS}
+        results = {**machine, "rounds": args.rounds, "figures": figures}
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
         readme.write(results)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def render(results: dict[str, Any]) -> str:
         "| what | measured | goal |",
         "|---|---|---|",
     ]
-    for figure in results["figures"]:
+    for figure in itertools.chain.from_iterable(results["figures"].values()):
         goal = figure["goal"].replace(">=", "at least").replace("<=", "at most")
         missed = "" if figure["reached"] else " (missed)"
         indent = "&nbsp;&nbsp;" if figure["what"].startswith("  ") else ""
