@@ -80,8 +80,8 @@ class Waiter:
     To be woken costs tens of microseconds where a core has gone idle meanwhile, and finds its caches cold.
     A waiter whose last message came within `awake_s` stays awake so long for the next one, and in every turn
     lets whoever else wants its core go first. One that waited longer sleeps at once: where messages are
-    rare, and on an idle server, nothing is burnt. So does one that had more than `awake_s` to do with the last
-    message: beside that, to be woken costs little, and the front wants a core for the answer.
+    rare, and on an idle server, nothing is burnt. So does one that was busy for longer than `awake_s` with
+    the last message: beside that, to be woken costs little, and the front wants a core for the answer.
 
     Args:
         sock: The worker's end, blocking.
