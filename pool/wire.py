@@ -74,11 +74,6 @@ class Flag(enum.IntFlag):
     BUNDLE = 0x0002  # PREDICT, RESULT: the message stands for several requests (section 3.9)
 
 
-def prefix(kind: Kind) -> bytes:
-    """The first four header bytes of a kind: what a hot path compares instead of unpacking."""
-    return MAGIC + bytes((VERSION, kind))
-
-
 def head(kind: Kind, flags: int = 0) -> bytes:
     """The first eight header bytes, priority 0, for `HEAD.pack` and for comparing."""
     return FIXED.pack(MAGIC, VERSION, kind, 0, 0, flags, 0, 0, 0)[:HEAD_BYTES]

@@ -59,7 +59,6 @@ _ROUTES_MAX = 4096
 _NOBLOCK = int(zmq.NOBLOCK)
 _MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 _PREDICT = wire.head(Kind.PREDICT)
-_BUNDLE = wire.head(Kind.PREDICT, Flag.BUNDLE)
 
 
 class Endpoint:
