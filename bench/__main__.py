@@ -146,7 +146,10 @@ def main() -> None:
     if not args.names or args.record:
         before = json.loads(RESULTS.read_text())["figures"] if args.names else {}
         figures = {name: measured.get(name) or before[name] for name in MEASUREMENTS}
-        results = {**machine, "rounds": args.rounds, "figures": figures}
+        # Each measurement keeps the commit it was taken of.
+        before_of = json.loads(RESULTS.read_text())["commits"] if args.names else {}
+        commits = {name: machine["commit"] if name in measured else before_of[name] for name in MEASUREMENTS}
+        results = {**machine, "commits": commits, "rounds": args.rounds, "figures": figures}
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
         readme.write(results)
 

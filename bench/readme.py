@@ -14,11 +14,13 @@ END = "<!-- end of figures -->"
 
 def render(results: dict[str, Any]) -> str:
     """The block, marks included."""
+    commits = results["commits"].items()
     lines = [
         BEGIN,
         "",
         f"{results['machine']}; {results['system']}; {results['libraries']}.",
-        f"{results['date']}, commit {results['commit']}. Medians of {results['rounds']} rounds; "
+        f"{results['date']}, commits {', '.join(f'{commit} ({name})' for name, commit in commits)}. "
+        f"Medians of {results['rounds']} rounds; "
         "what is compared was measured alternately, in the same run.",
         "",
         "| what | measured | goal |",
