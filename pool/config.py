@@ -37,8 +37,9 @@ MAX_BATCH_ROWS = 65_536
 MAX_CORE = 4095  # Linux's own limit is 8192; beyond any machine, and keeps "cpu:0-999999999" small
 MIN_MESSAGE_BYTES = 65_536  # the longest header of the wire must fit
 MAX_TIMEOUT_MS = 2**32 - 1  # the wire carries it as a u32
+MAX_PRIORITY = 3
 
-Backend = Literal["tensorflow"]
+Backend = Literal["tensorflow", "drill"]
 AwakeUs = Annotated[float, Meta(ge=0, le=100_000)]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -50,6 +51,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         endpoints: Where clients connect; empty for `pool.endpoints.default_endpoint()`.
         ipc_mode: Permissions of `ipc://` socket files, octal.
         max_message_bytes: Largest frame taken from a client.
+        max_unread_bytes: Replies kept for a client that does not read them.
         start_timeout_s: Longest time for a model's workers to load and be ready.
         drain_timeout_s: Longest wait for admitted requests when stopping.
         log_level: Least severe line that is logged.
@@ -59,6 +61,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     endpoints: tuple[str, ...] = ()
     ipc_mode: Annotated[str, Meta(pattern="^0?[0-7]{3}$")] = "0660"
     max_message_bytes: Annotated[int, Meta(ge=MIN_MESSAGE_BYTES, le=2**40)] = 2**30
+    max_unread_bytes: Annotated[int, Meta(ge=MIN_MESSAGE_BYTES, le=2**40)] = 2**26
     start_timeout_s: Annotated[float, Meta(ge=0.1, le=86_400)] = 300.0
     drain_timeout_s: Annotated[float, Meta(ge=0, le=86_400)] = 30.0
     log_level: LogLevel = "info"
@@ -89,7 +92,15 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         gpu_memory_mb: Hard limit on GPU memory in MiB; None for growth on demand.
         warm_up: Whether each batch size runs once before a worker counts as ready.
         awake_us: Longest a worker stays awake for the next batch, if the last one came quickly.
-        timeout_ms: Deadline of requests that carry none; None for none.
+        timeout_ms: Longest run of a batch; its worker is killed then. 0 for no limit.
+        request_timeout_ms: Deadline of requests that carry none; None for none.
+        retry: Whether rows of a batch that failed may run again.
+        poison_memory_s: How long a request that killed workers is refused at the door; 0 for never.
+        priority: Of requests that carry none: 0 (first) to 3.
+        priority_ageing_ms: Waiting for so long counts as much as one step of priority.
+        max_inflight_rows: Most rows one client may have in the arena; None for all but one slot.
+        max_worker_memory_mb: Private memory at which a worker is replaced; None for no limit.
+        max_batches_per_worker: Batches after which a worker is replaced; None for no limit.
     """
 
     path: Annotated[str, Meta(min_length=1)]
@@ -107,7 +118,15 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     gpu_memory_mb: Annotated[int, Meta(ge=1, le=2**24)] | None = None
     warm_up: bool = True
     awake_us: AwakeUs = 300.0
-    timeout_ms: Annotated[float, Meta(ge=1, le=MAX_TIMEOUT_MS)] | None = None
+    timeout_ms: Annotated[float, Meta(ge=0, le=MAX_TIMEOUT_MS)] = 60_000.0
+    request_timeout_ms: Annotated[float, Meta(ge=1, le=MAX_TIMEOUT_MS)] | None = None
+    retry: bool = True
+    poison_memory_s: Annotated[float, Meta(ge=0, le=86_400)] = 300.0
+    priority: Annotated[int, Meta(ge=0, le=MAX_PRIORITY)] = 1
+    priority_ageing_ms: Annotated[float, Meta(ge=0, le=3_600_000)] = 1000.0
+    max_inflight_rows: Annotated[int, Meta(ge=1, le=2**32 - 1)] | None = None
+    max_worker_memory_mb: Annotated[int, Meta(ge=1, le=2**24)] | None = None
+    max_batches_per_worker: Annotated[int, Meta(ge=1, le=2**32)] | None = None
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -62,6 +62,7 @@ class Kind(enum.IntEnum):
     STATUS = 0x04
     LIVE = 0x05
     READY = 0x06
+    CANCEL = 0x07
     RESULT = 0x81
     ERROR = 0x82
     INFO = 0x83
@@ -72,11 +73,12 @@ class Flag(enum.IntFlag):
 
     WHOLE = 0x0001  # RESULT: the shapes are whole tensors, not rows of a batch
     BUNDLE = 0x0002  # PREDICT, RESULT: the message stands for several requests (section 3.9)
+    PRIORITY = 0x0004  # PREDICT: the priority byte is meant; without it the model's default holds
 
 
-def head(kind: Kind, flags: int = 0) -> bytes:
-    """The first eight header bytes, priority 0, for `HEAD.pack` and for comparing."""
-    return FIXED.pack(MAGIC, VERSION, kind, 0, 0, flags, 0, 0, 0)[:HEAD_BYTES]
+def head(kind: Kind, flags: int = 0, priority: int = 0) -> bytes:
+    """The first eight header bytes, for `HEAD.pack` and for comparing."""
+    return FIXED.pack(MAGIC, VERSION, kind, priority, 0, flags, 0, 0, 0)[:HEAD_BYTES]
 
 
 class Header(msgspec.Struct, frozen=True):
@@ -87,7 +89,7 @@ class Header(msgspec.Struct, frozen=True):
         id: Chosen by the client; its reply carries the same.
         millis: PREDICT: remaining timeout in ms, 0 for none. ERROR: `retry_after_ms`, 0 for none.
         rows: Length of axis 0 of every tensor that follows.
-        priority: 0 (first) to 3.
+        priority: 0 (first) to 3; meant only with `Flag.PRIORITY`.
         flags: Bits of `Flag`.
         meta: The msgpack part.
     """

@@ -169,6 +169,21 @@ def test_a_signature_must_be_learnt_first_for_each_version():
     assert core.request("other", rows(1)) is None
 
 
+def test_a_tensor_above_the_servers_limit_is_refused():
+    core = ClientCore()
+    core.learn("m", None, signature_document() | {"max_rows": None, "max_frame_bytes": 65_536})
+    with pytest.raises(TooLarge, match="has 65544 bytes; the server takes at most 65536 in one message"):
+        core.request("m", np.zeros((5462, 3), np.float32))
+
+
+def test_a_bundle_keeps_the_servers_limit():
+    core = ClientCore()
+    core.learn("m", None, signature_document() | {"max_rows": None, "max_frame_bytes": 65_536})
+    requests = [core.request("m", rows(1000)) for _ in range(12)]
+    sizes = [len(frames[-1]) for frames, _ in core.bundle(requests)]
+    assert sizes == [60_000, 60_000, 24_000]
+
+
 def test_the_only_signature_is_the_default():
     spec = TensorSpec("x", "float32", (None,))
     core = core_for(Signature("odd", (spec,), (spec,)))

@@ -60,6 +60,7 @@ def test_every_key_is_taken() -> None:
         endpoints = ["ipc:///run/pool.sock", "tcp://127.0.0.1:5555"]
         ipc_mode = "600"
         max_message_bytes = 1_000_000
+        max_unread_bytes = 1_000_000
         start_timeout_s = 10
         drain_timeout_s = 0
         log_level = "debug"
@@ -78,7 +79,15 @@ def test_every_key_is_taken() -> None:
         threads = 2
         gpu_memory_mb = 512
         warm_up = false
-        timeout_ms = 250.5
+        timeout_ms = 0
+        request_timeout_ms = 250.5
+        retry = false
+        poison_memory_s = 0
+        priority = 0
+        priority_ageing_ms = 50
+        max_inflight_rows = 100
+        max_worker_memory_mb = 900
+        max_batches_per_worker = 10000
         """
     )
     assert config.server.ipc_permissions == 0o600
@@ -98,7 +107,15 @@ def test_every_key_is_taken() -> None:
         threads=2,
         gpu_memory_mb=512,
         warm_up=False,
-        timeout_ms=250.5,
+        timeout_ms=0.0,
+        request_timeout_ms=250.5,
+        retry=False,
+        poison_memory_s=0.0,
+        priority=0,
+        priority_ageing_ms=50.0,
+        max_inflight_rows=100,
+        max_worker_memory_mb=900,
+        max_batches_per_worker=10_000,
     )
 
 
@@ -117,8 +134,8 @@ def test_every_key_is_taken() -> None:
         ('workers = "2"', 'workers: must be an integer from 1 to 1024, got "2"'),
         ("version = -1", "version: must be an integer from 0 to 9223372036854775807, got -1"),
         ("warm_up = 1", "warm_up: must be true or false, got 1"),
-        ('backend = "torch"', 'backend: must be one of "tensorflow", got "torch"'),
-        ("timeout_ms = 0", "timeout_ms: must be a number from 1 to 4294967295, got 0"),
+        ('backend = "torch"', 'backend: must be one of "drill", "tensorflow", got "torch"'),
+        ("request_timeout_ms = 0", "timeout_ms: must be a number from 1 to 4294967295, got 0"),
         ("max_queue_delay_ms = nan", "max_queue_delay_ms: must be a number from 0 to 3600000, got NaN"),
         ("max_queue_delay_ms = inf", "max_queue_delay_ms: must be a number from 0 to 3600000, got Infinity"),
         ("max_queue_delay_ms = 2020-01-01", 'got "2020-01-01"'),

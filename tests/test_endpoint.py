@@ -350,17 +350,47 @@ def test_what_has_no_readable_id_is_answered_with_id_0(raw, frames, sentence):
         raise error
 
 
-def test_a_frame_above_max_message_bytes_ends_the_connection_and_the_next_one_works(server):
+def test_a_frame_above_max_message_bytes_is_refused(raw):
+    items = MAX_MESSAGE_BYTES // 4 + 1
+    header, error = raw.refusal(one("any", "float32", (items,), b"\0" * (4 * items)))
+    assert isinstance(error, errors.TooLarge)
+    assert (
+        error.message == f"tensor frame 0 has {4 * items} bytes; the server takes at most {MAX_MESSAGE_BYTES}"
+    )
+    assert header.id != 0
+
+
+def test_a_bundle_with_such_a_frame_is_refused_for_each_of_its_requests(raw):
+    items = MAX_MESSAGE_BYTES // 8 + 1
+    meta = wire.encode_meta(PredictMeta("any", None, None, (TensorMeta("x", "float32", (items,)),)))
+    mine = [next(ids), next(ids)]
+    table = b"".join(wire.PART.pack(id_, 0, 1) for id_ in mine)
+    header = Header(Kind.PREDICT, 0, meta, rows=2, flags=int(Flag.BUNDLE))
+    raw.socket.send_multipart([wire.encode_header(header), table, b"\0" * (8 * items)])
+    for id_ in mine:
+        decoded = wire.decode_header(raw.socket.recv())
+        assert decoded.id == id_
+        assert isinstance(wire.decode_error(decoded), errors.TooLarge)
+
+
+def test_a_client_refuses_such_a_frame_before_a_byte_leaves(server):
+    with Client(server.endpoint) as client:
+        with pytest.raises(
+            errors.TooLarge, match=f"'x' has {MAX_MESSAGE_BYTES + 4} bytes; the server takes at"
+        ):
+            client.predict("any", np.zeros((1, MAX_MESSAGE_BYTES // 4 + 1), np.float32))
+        assert client.predict("any", np.ones((1, 2), np.float32))["y"].tolist() == [[2.0, 2.0]]
+
+
+def test_a_frame_of_more_than_twice_that_ends_the_connection_and_the_next_one_works(server):
     raw = Raw(server.endpoint)
     raw.works()
     raw.socket.rcvtimeo = 0
-    raw.socket.send_multipart([linear()[0], b"\0" * (MAX_MESSAGE_BYTES + 1)])
+    raw.socket.send_multipart([linear()[0], b"\0" * (2 * MAX_MESSAGE_BYTES + 1)])
     with contextlib.suppress(zmq.Again):  # there is nobody to tell: ZeroMQ hangs up
         assert raw.socket.recv() == b""
     raw.close()
     with Client(server.endpoint) as client:
-        with pytest.raises(errors.Unavailable, match="went away before it answered"):
-            client.predict("any", np.zeros((1, MAX_MESSAGE_BYTES // 4 + 1), np.float32))
         assert client.predict("any", np.ones((1, 2), np.float32))["y"].tolist() == [[2.0, 2.0]]
 
 

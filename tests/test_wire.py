@@ -60,6 +60,12 @@ GOLDEN = {
     "STATUS": (Header(Kind.STATUS, 5, b""), None, []),
     "LIVE": (Header(Kind.LIVE, 6, b""), None, []),
     "READY": (Header(Kind.READY, 7, b""), SignatureMeta(""), []),
+    "CANCEL": (Header(Kind.CANCEL, 1, b""), None, []),
+    "PREDICT priority": (
+        Header(Kind.PREDICT, 9, b"", rows=1, priority=3, flags=Flag.PRIORITY),
+        DEFAULT_X,
+        [(np.array([[1, 2, 3]], np.float32), "float32")],
+    ),
     "RESULT": (Header(Kind.RESULT, 1, b"", rows=2), Y, [(np.array([6, 15], np.float32), "float32")]),
     "RESULT whole": (
         Header(Kind.RESULT, 8, b"", rows=1, flags=Flag.WHOLE),

@@ -61,7 +61,7 @@ _ID = struct.Struct("<8xQ")
 _ROWS_OFFSET = 20  # from here a header is the same for every reply with this meta and row count
 _NO_LIMIT = 0xFFFF_FFFF  # of the wire's 32-bit milliseconds
 
-# Payload of a bundle, about: more does not make a request cheaper, and keeps the server waiting for it.
+# Most payload of a bundle: more does not make a request cheaper, and keeps the server waiting for it.
 _BUNDLE_BYTES = 262_144
 
 # Outputs of a bundle of replies up to here are handed out as slices of one array. A caller that keeps a
@@ -80,12 +80,14 @@ class ModelInfo(msgspec.Struct, frozen=True):
         version: The version served; a number of the model's directory.
         signatures: Every named signature.
         max_rows: Most rows one request may have, or None for no limit of its own.
+        max_frame_bytes: Most bytes of one input tensor, or None for no limit.
     """
 
     model: str
     version: int
     signatures: tuple[Signature, ...]
     max_rows: int | None = None
+    max_frame_bytes: int | None = None
 
     def signature(self, name: str | None = None) -> Signature:
         """The signature of that name; None for the default.
@@ -153,7 +155,8 @@ class ClientCore:
         self._infos: dict[tuple[str, int | None], ModelInfo] = {}
         self._routes: dict[tuple[str, int | None, str | None, tuple[str, ...] | None], Route] = {}
         self._plans: dict[bytes, _Plan] = {}
-        self._joinable: dict[bytes, bool] = {}  # metas of requests that may travel in bundles
+        # Metas of requests that may travel in bundles, and the bytes a bundle of them may have.
+        self._joinable: dict[bytes, int] = {}
 
     # -- requests ----------------------------------------------------------------------------------
 
@@ -213,7 +216,7 @@ class ClientCore:
             self.forget(model)
             raise
         if route.is_joinable:
-            _remember(self._joinable, meta, True)
+            _remember(self._joinable, meta, min(_BUNDLE_BYTES, route.max_frame_bytes))
         id_ = next(self._ids)
         return id_, [_pack(_PREDICT_HEAD, id_, timeout_ms, rows) + meta, *frames]
 
@@ -233,12 +236,13 @@ class ClientCore:
             meta = header[wire.FIXED_BYTES :]
             end = first + 1
             size = sum(map(len, tensors))
-            if meta in self._joinable and size <= COPY_BYTES:
+            room = self._joinable.get(meta)
+            if room is not None and size <= COPY_BYTES:
                 most = min(count, first + wire.MAX_PARTS)
-                while end < most and size < _BUNDLE_BYTES:
+                while end < most:
                     other, *others = requests[end][1]
                     added = sum(map(len, others))
-                    if added > COPY_BYTES or other[wire.FIXED_BYTES :] != meta:
+                    if added > COPY_BYTES or size + added > room or other[wire.FIXED_BYTES :] != meta:
                         break
                     size += added
                     end += 1
@@ -320,7 +324,9 @@ class ClientCore:
         if info is None:
             return None
         try:
-            route = Route(model, version, info.signature(signature), outputs, info.max_rows)
+            route = Route(
+                model, version, info.signature(signature), outputs, info.max_rows, info.max_frame_bytes
+            )
         except (InvalidInput, SignatureNotFound):
             self.forget(model)
             raise

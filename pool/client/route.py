@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +36,7 @@ class Route:
         signature: The one the request means.
         outputs: Names of the outputs wanted; None for all.
         max_rows: Most rows in one request; None for no limit.
+        max_frame_bytes: Most bytes of one input tensor; None for no limit.
 
     Raises:
         InvalidInput: `outputs` names none, an unknown one, or one twice.
@@ -51,6 +53,7 @@ class Route:
 
     __slots__ = (
         "is_joinable",
+        "max_frame_bytes",
         "max_rows",
         "metas",
         "model",
@@ -68,6 +71,7 @@ class Route:
         signature: Signature,
         outputs: tuple[str, ...] | None,
         max_rows: int | None,
+        max_frame_bytes: int | None = None,
     ) -> None:
         _check_output_names(outputs, signature)
         self.model = model
@@ -75,6 +79,7 @@ class Route:
         self.signature = signature
         self.outputs = outputs
         self.max_rows = NO_LIMIT if max_rows is None else max_rows
+        self.max_frame_bytes = sys.maxsize if max_frame_bytes is None else max_frame_bytes
         self.metas: dict[tuple[Any, ...], bytes] = {}
         self.is_joinable = signature.batched and all(spec.dtype != "string" for spec in signature.inputs)
         self.sole_name: str | None = None
@@ -95,7 +100,8 @@ class Route:
             caller's array where it is contiguous.
 
         Raises:
-            InvalidInput: a name, dtype, rank, shape or row count is wrong; TooLarge if too many rows.
+            InvalidInput: a name, dtype, rank, shape or row count is wrong; TooLarge if there are too many
+                rows or bytes.
         """
         specs = self.signature.inputs
         values = self._values_in_order(inputs)
@@ -121,6 +127,11 @@ class Route:
                 frames.append(array.tobytes())
             else:
                 frames.append(wire.encode_tensor(array, spec.dtype))
+            if len(frames[-1]) > self.max_frame_bytes:
+                raise TooLarge(
+                    f"input {spec.name!r} has {len(frames[-1])} bytes; "
+                    f"the server takes at most {self.max_frame_bytes} in one message"
+                )
         return rows, meta, frames
 
     def _values_in_order(self, inputs: Any) -> list[Any]:

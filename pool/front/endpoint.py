@@ -25,7 +25,7 @@ import zmq
 
 from pool import wire
 from pool.config import ServerConfig
-from pool.errors import InternalError, InvalidInput, PoolError, WireError
+from pool.errors import InternalError, InvalidInput, PoolError, TooLarge, WireError
 from pool.front.batcher import Slot, Ticket
 from pool.front.binding import bind
 from pool.front.bundles import Bundles
@@ -81,7 +81,9 @@ class Endpoint:
         # A client that is gone or does not read is an error here, not silence.
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._router.setsockopt(zmq.SNDHWM, _SEND_HIGH_WATER)
-        self._router.setsockopt(zmq.MAXMSGSIZE, config.max_message_bytes)
+        # ZeroMQ ends the connection of whoever sends more than this. So that a client that goes a little
+        # too far is told rather than cut off, it is left room beyond the limit.
+        self._router.setsockopt(zmq.MAXMSGSIZE, 2 * config.max_message_bytes)
         # pyzmq's Python layer over send costs 0.65 µs a frame; what it would check does not apply here.
         self._send: Callable[..., Any] = super(zmq.Socket, self._router).send
         self._bundles = Bundles(self)
@@ -212,6 +214,12 @@ class Endpoint:
                 frames.append(frame)
         return frames
 
+    def _check_sizes(self, frames: Sequence[memoryview]) -> None:
+        most = self._config.max_message_bytes
+        for i, frame in enumerate(frames):
+            if len(frame) > most:
+                raise TooLarge(f"tensor frame {i} has {len(frame)} bytes; the server takes at most {most}")
+
     def _receive_slowly(self, client: bytes, header: bytes, now: float) -> int:
         """Any message: the rest of its frames is received, and it is answered or admitted.
 
@@ -253,6 +261,7 @@ class Endpoint:
         """Admit or refuse each request of a bundle; gives how many there were (`docs/wire.md` 3.9)."""
         parts = wire.split_parts(frames[0] if frames else b"", header.rows)
         try:
+            self._check_sizes(frames[1:])
             route = self._find_route(header.meta)
             if not (route.is_batched and route.is_numeric):
                 raise InvalidInput("a bundle of requests with string inputs, or to a signature not batched")
@@ -272,6 +281,7 @@ class Endpoint:
         return len(parts)
 
     def _admit(self, client: bytes, header: Header, frames: list[memoryview], now: float) -> None:
+        self._check_sizes(frames)
         route = self._find_route(header.meta)
         deadline = now + (header.millis * 1e-3 or route.timeout_s)
         ticket = Ticket(self, client, header.id, route, header.rows, deadline, now)
@@ -298,6 +308,7 @@ class Endpoint:
             case Kind.SIGNATURE:
                 wanted = wire.decode_meta(SignatureMeta, header.meta)
                 document = engine.find(wanted.model, wanted.version).describe()
+                document["max_frame_bytes"] = self._config.max_message_bytes
             case Kind.STATUS:
                 task = self._loop.create_task(self._send_status(client, header.id))
                 self._tasks.add(task)

@@ -87,7 +87,7 @@ class Route:
         self.inputs = [(region.offset, region.row_bytes) for region in self.regions]
         self.is_numeric = all(region.dtype != "string" for region in self.regions)
         self.outputs = outputs
-        timeout_ms = generation.config.timeout_ms
+        timeout_ms = generation.config.request_timeout_ms
         self.timeout_s = inf if timeout_ms is None else timeout_ms * 1e-3
 
 
