@@ -15,9 +15,9 @@ import numpy as np
 from pool import wire
 from pool.config import ModelConfig
 from pool.errors import PoolError
-from pool.front.batcher import Slot, Ticket
 from pool.front.generation import Generation, Route
 from pool.front.replies import Reply
+from pool.front.slots import Slot, Ticket
 from pool.shm.arena import Arena
 from pool.shm.control import LoadReport
 from pool.shm.doorbell import Message, Ring
@@ -47,6 +47,7 @@ def report(*signatures: Signature, version: int = 7) -> LoadReport:
 
 def generation(*signatures: Signature, **config: Any) -> Generation:
     """A generation of the model `m`; keywords are those of its `[models.m]` table."""
+    config = {"max_inflight_rows": 1 << 20} | config  # the arena is the limit unless a test says otherwise
     return Generation("m", ModelConfig(path="/models/m", **config), report(*signatures))
 
 
@@ -174,7 +175,8 @@ class Rig:
         return self.generation.resolve(PredictMeta("m", None, name, tuple(metas), chosen))
 
     def ticket(self, id_: Any, route: Route, rows: int, deadline: float = inf) -> Ticket:
-        return Ticket(self.sink, b"client", id_, route, rows, deadline, self.now)
+        account = self.generation.account(b"client")
+        return Ticket(self.sink, b"client", id_, route, rows, deadline, self.now, route.key, account)
 
     def place(self, id_: Any, inputs: dict[str, Array], **keywords: Any) -> Ticket:
         """Admit a request; raises what `Generation.place` raises."""
@@ -193,7 +195,7 @@ class Rig:
     def start(self) -> list[Slot]:
         """Dispatch one batch."""
         self.batcher.worker_ready(0)
-        started = [slot for slot, _ in self.batcher.dispatch(inf)]
+        started = [slot for slot, _ in self.batcher.dispatch(self.now)]
         if not started:
             self.batcher.worker_lost(0)
         return started
@@ -201,9 +203,9 @@ class Rig:
     def finish(self, slot: Slot) -> Message:
         """Run a dispatched batch and send its answers."""
         self.generation.arena.describe(slot.index, slot.tickets[0].route.layout)
-        message = self.runner.run(Message(Ring.RUN, slot.index, slot.rows, slot.generation, slot.key))
+        message = self.runner.run(Message(Ring.RUN, slot.index, slot.rows, slot.generation, slot.layout))
         self.batches.append(slot.rows)
-        for ticket in self.batcher.finish(slot):
+        for ticket in self.batcher.finish(slot, self.now):
             ticket.is_settled = True
             if message.kind == Ring.DONE:
                 places = self.generation.arena.read_run_record(slot.index)[2]

@@ -6,7 +6,7 @@ from math import inf
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -16,10 +16,14 @@ from hypothesis.stateful import (
     rule,
 )
 
-from pool.front.batcher import Batcher, Ticket
+from pool.front.batcher import Batcher
+from pool.front.slots import Account, Ticket
 from pool.front.states import IllegalTransition, SlotState
 
-CAPACITY = {1: 4, 2: 7, 3: 1}  # rows of a slot, by key
+# Rows of a slot, by key. Keys 4 to 7 are one layout in four priorities; 8 and 12 are others, priority 0.
+CAPACITY = {4: 4, 5: 4, 6: 4, 7: 4, 8: 7, 12: 1}
+KEYS = sorted(CAPACITY)
+AGEING_S = 1.5
 WORKERS = range(3)
 
 
@@ -47,6 +51,13 @@ class Mirror:
         self.takes_more = False
         self.opened_at = None
         self.worker = None
+        self.aside = []
+        self.is_queued = False  # HELD, and waiting for any worker
+        self.dispatched_at = None
+
+    @property
+    def everyone(self):
+        return [*self.placed, *self.aside]
 
     @property
     def rows(self):
@@ -54,17 +65,23 @@ class Mirror:
 
     @property
     def has_live_tickets(self):
-        return any(not each.ticket.is_settled for each in self.placed)
+        return any(not each.ticket.is_settled for each in self.everyone)
 
 
 class BatcherMachine(RuleBasedStateMachine):
     """Rules are the engine's calls; after each, the batcher and the model must agree."""
 
-    @initialize(slots=st.integers(1, 4), delay=st.sampled_from([0.0, 0.0, 2.0]))
-    def make(self, slots, delay):
+    @initialize(
+        slots=st.integers(1, 4), delay=st.sampled_from([0.0, 0.0, 2.0]), timeout=st.sampled_from([inf, 1.0])
+    )
+    def make(self, slots, delay, timeout):
         self.now = 100.0
         self.delay = delay
-        self.batcher = Batcher(slots, delay)
+        self.batcher = Batcher(slots, delay, AGEING_S, timeout)
+        self.timeout = timeout
+        self.accounts = [Account(), Account()]
+        self.requeued = []
+        self.overdue = set()
         self.mirrors = {slot: Mirror() for slot in self.batcher.slots}
         self.placed = []
         self.ready = set()
@@ -83,13 +100,30 @@ class BatcherMachine(RuleBasedStateMachine):
         return None
 
     def waiting(self):
-        """Slots in the queue, oldest first row first."""
+        """Slots that wait for a worker, by lane: those that run again first, then oldest first row first."""
         slots = [slot for slot in self.mirrors_in(SlotState.OPEN) if self.mirrors[slot].placed]
-        return sorted(slots, key=lambda slot: self.mirrors[slot].placed[0].number)
+        slots.sort(key=lambda slot: (slot.key & 3, self.mirrors[slot].placed[0].number))
+        again = [slot for slot in reversed(self.requeued) if self.mirrors[slot].is_queued]
+        return sorted([*again, *slots], key=lambda slot: slot.key & 3)
+
+    def goes_next(self):
+        """Of the lanes' first batches that may go, that which waits for no other."""
+        firsts = {}
+        for slot in self.waiting():
+            if self.is_due(slot):
+                firsts.setdefault(slot.key & 3, slot)
+        return min(
+            firsts.values(), key=lambda slot: (slot.opened_at + (slot.key & 3) * AGEING_S, slot.key & 3)
+        )
 
     def is_due(self, slot):
         mirror = self.mirrors[slot]
-        return self.delay == 0 or not mirror.takes_more or mirror.opened_at + self.delay <= self.now
+        return (
+            self.delay == 0
+            or mirror.is_queued
+            or not mirror.takes_more
+            or mirror.opened_at + self.delay <= self.now
+        )
 
     def free(self, slot):
         self.mirrors[slot].state = SlotState.FREE
@@ -110,7 +144,7 @@ class BatcherMachine(RuleBasedStateMachine):
     # -- placing ------------------------------------------------------------------------------------
 
     @rule(
-        key=st.sampled_from([1, 1, 2, 3]),
+        key=st.sampled_from(KEYS),
         rows=st.integers(0, 9),
         timeout=st.sampled_from([inf, inf, 0.5, 1.0, 3.0]),
     )
@@ -134,7 +168,9 @@ class BatcherMachine(RuleBasedStateMachine):
         assert slot.rows == mirror.rows < slot.capacity
         rows = min(rows, slot.capacity - slot.rows)
         placed = Placed(
-            Ticket(None, None, None, None, rows, self.now + timeout, self.now), key, len(self.placed)
+            Ticket(None, None, None, None, rows, self.now + timeout, self.now, key, self.accounts[rows % 2]),
+            key,
+            len(self.placed),
         )
         self.placed.append(placed)
         if not mirror.placed:
@@ -144,7 +180,7 @@ class BatcherMachine(RuleBasedStateMachine):
         mirror.takes_more = mirror.rows < CAPACITY[key]
         self.batcher.commit(slot, placed.ticket, self.now)
 
-    @rule(key=st.sampled_from([1, 2, 3]))
+    @rule(key=st.sampled_from(KEYS))
     def open_and_abandon(self, key):
         mine = self.open_for(key)
         slot = self.batcher.open_slot(key, CAPACITY[key])
@@ -152,7 +188,7 @@ class BatcherMachine(RuleBasedStateMachine):
             assert mine in (None, slot)
             self.batcher.abandon(slot)
 
-    @rule(key=st.sampled_from([1, 2, 3]))
+    @rule(key=st.sampled_from(KEYS))
     def close(self, key):
         slot = self.open_for(key)
         if slot is not None:
@@ -177,17 +213,22 @@ class BatcherMachine(RuleBasedStateMachine):
     @rule()
     def dispatch(self):
         for slot, worker in self.batcher.dispatch(self.now):
-            mirror = self.mirrors[slot]
-            due = [each for each in self.waiting() if self.is_due(each)]
-            assert slot is due[0], "not the oldest batch that may go"
+            assert slot is self.goes_next(), "not the batch whose turn it is"
             assert worker in self.ready
             assert 0 <= slot.rows <= slot.capacity
             assert slot.dispatched_at == self.now
             assert slot.worker == worker
-            mirror.state, mirror.takes_more, mirror.worker = SlotState.RUNNING, False, worker
+            self.ran(slot, worker)
             self.ready.remove(worker)
-            self.busy[worker] = slot
         assert not (self.ready and any(map(self.is_due, self.waiting()))), "a ready worker idles"
+
+    def ran(self, slot, worker):
+        mirror = self.mirrors[slot]
+        mirror.state, mirror.takes_more, mirror.worker = SlotState.RUNNING, False, worker
+        mirror.is_queued = False
+        mirror.dispatched_at = self.now
+        self.overdue.discard(slot)
+        self.busy[worker] = slot
 
     @precondition(lambda self: self.busy)
     @rule(data=st.data())
@@ -195,13 +236,61 @@ class BatcherMachine(RuleBasedStateMachine):
         worker = data.draw(st.sampled_from(sorted(self.busy)))
         slot = self.busy.pop(worker)
         mirror = self.mirrors[slot]
-        tickets = self.batcher.finish(slot)
+        tickets = self.batcher.finish(slot, self.now)
         assert tickets == [each.ticket for each in mirror.placed if not each.ticket.is_settled]
         for each in mirror.placed:
             start = each.ticket.start
             assert mirror.bytes[start : start + each.ticket.rows] == [each] * each.ticket.rows, "not its rows"
         mirror.state = SlotState.DONE
-        self.answer(tickets)
+        if data.draw(st.booleans(), "the batch raised"):
+            self.batcher.hold(slot)
+            mirror.state = SlotState.HELD
+        else:
+            self.answer(tickets)
+
+    def idle_held(self):
+        return [slot for slot in self.mirrors_in(SlotState.HELD) if not self.mirrors[slot].is_queued]
+
+    @precondition(lambda self: self.idle_held())
+    @rule(data=st.data())
+    def run_again(self, data):
+        """Some of a failed batch's tickets run now, some later, some have left; or all have."""
+        slot = data.draw(st.sampled_from(self.idle_held()))
+        mirror = self.mirrors[slot]
+        live = [each for each in mirror.everyone if not each.ticket.is_settled]
+        fates = data.draw(st.lists(st.sampled_from(["now", "later", "gone"]), min_size=len(live)))
+        now, later, gone = (
+            [each for each, fate in zip(live, fates, strict=False) if fate == wanted]
+            for wanted in ("now", "later", "gone")
+        )
+        self.answer([each.ticket for each in gone])
+        if not now:
+            self.answer([each.ticket for each in later])
+            self.batcher.release(slot)
+            self.free(slot)
+            return
+        self.batcher.refill(slot, [each.ticket for each in now], [each.ticket for each in later])
+        mirror.placed, mirror.aside = now, later
+        mirror.bytes = [each for each in now for _ in range(each.ticket.rows)]
+        if data.draw(st.booleans(), "to a worker of its own"):
+            worker = 100 + slot.index
+            self.batcher.dispatch_to(slot, worker, self.now)
+            self.ran(slot, worker)
+        else:
+            self.batcher.requeue(slot)
+            mirror.is_queued = True
+            self.requeued = [each for each in self.requeued if each is not slot] + [slot]
+
+    @rule()
+    def give_up_the_overdue(self):
+        due = {
+            slot
+            for slot in [*self.busy.values(), *self.dead]
+            if self.mirrors[slot].dispatched_at + self.timeout <= self.now
+        }
+        found = set(self.batcher.overdue(self.now))
+        assert found == due - self.overdue, "an overdue batch is given once"
+        self.overdue |= found
 
     @precondition(lambda self: self.mirrors_in(SlotState.DONE))
     @rule(data=st.data())
@@ -218,8 +307,7 @@ class BatcherMachine(RuleBasedStateMachine):
         expected = [each.ticket for each in self.mirrors[slot].placed if not each.ticket.is_settled]
         tickets = self.batcher.reap(slot)
         assert tickets == expected
-        self.answer(tickets)
-        self.free(slot)
+        self.mirrors[slot].state = SlotState.HELD
 
     # -- time ---------------------------------------------------------------------------------------
 
@@ -233,6 +321,7 @@ class BatcherMachine(RuleBasedStateMachine):
         if wakeup < inf:
             self.now = max(self.now, wakeup)
             self.expire()
+            self.give_up_the_overdue()
             self.dispatch()
             assert self.batcher.next_wakeup() > self.now, "the timer would spin"
 
@@ -251,7 +340,7 @@ class BatcherMachine(RuleBasedStateMachine):
         live = [
             (slot, each)
             for slot, mirror in self.mirrors.items()
-            for each in mirror.placed
+            for each in mirror.everyone
             if not each.ticket.is_settled
         ]
         if live:
@@ -265,7 +354,7 @@ class BatcherMachine(RuleBasedStateMachine):
         expected = [
             each.ticket
             for slot in self.waiting()
-            for each in self.mirrors[slot].placed
+            for each in self.mirrors[slot].everyone
             if not each.ticket.is_settled
         ]
         dropped = self.batcher.drop_waiting()
@@ -286,13 +375,14 @@ class BatcherMachine(RuleBasedStateMachine):
             assert slot.state is mirror.state
             assert slot.rows == mirror.rows
             assert slot.tickets == [each.ticket for each in mirror.placed]
+            assert slot.aside == [each.ticket for each in mirror.aside]
             assert slot.worker == mirror.worker
         assert set(self.batcher.running()) == {*self.busy.values(), *self.dead}
         assert self.batcher.is_idle == all(m.state is SlotState.FREE for m in self.mirrors.values())
 
     @invariant()
     def nothing_waits_without_a_ticket_to_answer(self):
-        for slot in self.mirrors_in(SlotState.OPEN):
+        for slot in self.waiting():
             assert self.mirrors[slot].has_live_tickets
         assert self.batcher.queue_rows == sum(self.mirrors[slot].rows for slot in self.waiting())
 
@@ -302,7 +392,21 @@ class BatcherMachine(RuleBasedStateMachine):
         if self.ready and self.delay > 0:
             for slot in self.waiting():
                 due = min(due, self.mirrors[slot].opened_at + self.delay)
+        for slot in {*self.busy.values(), *self.dead} - self.overdue:
+            due = min(due, self.mirrors[slot].dispatched_at + self.timeout)
         assert self.batcher.next_wakeup() <= due
+
+    @invariant()
+    def accounts_hold_what_lies_in_slots(self):
+        for number, account in enumerate(self.accounts):
+            lying = [each.ticket for mirror in self.mirrors.values() for each in mirror.everyone]
+            assert account.rows == sum(t.rows for t in lying if t.account is self.accounts[number])
+
+    @invariant()
+    def nothing_is_expected_of_an_idle_worker(self):
+        assert self.batcher.expected_s >= 0
+        if self.ready and not self.waiting():
+            assert self.batcher.expected_s == 0
 
     @invariant()
     def nobody_is_answered_twice(self):
@@ -315,11 +419,16 @@ class BatcherMachine(RuleBasedStateMachine):
             return
         for _ in range(1 + len(self.batcher.slots)):  # each turn empties one at least
             for slot in list(self.dead):
-                self.answer(self.batcher.reap(slot))
+                self.batcher.reap(slot)
                 self.dead.remove(slot)
+                self.mirrors[slot].state = SlotState.HELD
+            for slot in self.idle_held():
+                self.answer([each for each in slot.everyone() if not each.is_settled])
+                self.batcher.release(slot)
                 self.free(slot)
             for worker, slot in list(self.busy.items()):
-                self.answer(self.batcher.finish(slot))
+                self.answer(self.batcher.finish(slot, self.now))
+                self.answer([each for each in slot.aside if not each.is_settled])
                 del self.busy[worker]
                 self.mirrors[slot].state = SlotState.DONE
             for slot in self.mirrors_in(SlotState.DONE):
@@ -333,6 +442,7 @@ class BatcherMachine(RuleBasedStateMachine):
         assert all(each.answers == 1 for each in self.placed)
         assert self.batcher.next_wakeup() == inf
         assert self.batcher.queue_rows == 0
+        assert [account.rows for account in self.accounts] == [0, 0]
 
 
 BatcherMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
@@ -342,13 +452,13 @@ TestBatcher = BatcherMachine.TestCase
 # -- the same in examples, where a figure tells more than a property ---------------------------------
 
 
-def ticket(rows=1, deadline=inf):
-    return Ticket(None, None, None, None, rows, deadline, 0.0)
+def ticket(rows=1, deadline=inf, key=4):
+    return Ticket(None, None, None, None, rows, deadline, 0.0, key, Account())
 
 
-def place(batcher, *, key=1, rows=1, capacity=4, now=0.0, deadline=inf):
+def place(batcher, *, key=4, rows=1, capacity=4, now=0.0, deadline=inf):
     slot = batcher.open_slot(key, capacity)
-    placed = ticket(rows, deadline)
+    placed = ticket(rows, deadline, key)
     batcher.commit(slot, placed, now)
     return SimpleNamespace(slot=slot, ticket=placed)
 
@@ -367,7 +477,7 @@ def test_while_the_worker_is_busy_rows_gather():
     ((first, worker),) = batcher.dispatch(0.0)
     gathered = [place(batcher, now=1.0 + i) for i in range(3)]
     assert batcher.dispatch(4.0) == []
-    batcher.finish(first)
+    batcher.finish(first, 5.0)
     batcher.worker_ready(worker)
     assert batcher.dispatch(5.0) == [(gathered[0].slot, 0)]
     assert [each.ticket.start for each in gathered] == [0, 1, 2]
@@ -385,8 +495,8 @@ def test_with_a_delay_a_batch_waits_for_company_and_no_longer():
 
 def test_with_a_delay_a_full_batch_goes_before_an_older_one_with_room():
     batcher = Batcher(2, max_queue_delay_s=1.0)
-    older = place(batcher, key=1, now=0.0)
-    full = place(batcher, key=2, rows=4, now=0.5)
+    older = place(batcher, key=4, now=0.0)
+    full = place(batcher, key=8, rows=4, now=0.5)
     batcher.worker_ready(0)
     batcher.worker_ready(1)
     assert batcher.dispatch(0.5) == [(full.slot, 1)]
@@ -399,7 +509,7 @@ def test_a_request_of_no_rows_runs():
     placed = place(batcher, rows=0)
     ((slot, _),) = batcher.dispatch(0.0)
     assert slot.rows == 0
-    assert batcher.finish(slot) == [placed.ticket]
+    assert batcher.finish(slot, 1.0) == [placed.ticket]
 
 
 def test_an_expired_row_in_a_shared_batch_leaves_the_others_alone():
@@ -413,7 +523,7 @@ def test_an_expired_row_in_a_shared_batch_leaves_the_others_alone():
     batcher.worker_ready(0)
     ((slot, _),) = batcher.dispatch(1.0)
     assert slot.rows == 2
-    assert batcher.finish(slot) == [late.ticket]
+    assert batcher.finish(slot, 1.0) == [late.ticket]
 
 
 def test_a_waiting_batch_of_expired_rows_never_starts():
@@ -433,7 +543,7 @@ def test_the_generation_tells_one_run_of_a_slot_from_the_next():
         place(batcher)
         ((slot, _),) = batcher.dispatch(0.0)
         seen.append(slot.generation)
-        batcher.finish(slot)
+        batcher.finish(slot, 0.0)
         batcher.release(slot)
     assert seen == [1, 2, 3]
 
@@ -450,12 +560,110 @@ def test_the_generation_fits_the_doorbells_u32():
 def test_what_cannot_happen_is_a_defect_told():
     batcher = Batcher(1)
     with pytest.raises(IllegalTransition):
-        batcher.finish(batcher.slots[0])
+        batcher.finish(batcher.slots[0], 0.0)
     batcher.worker_ready(0)
     with pytest.raises(AssertionError, match="ready twice"):
         batcher.worker_ready(0)
-    slot = batcher.open_slot(1, 4)
+    slot = batcher.open_slot(4, 4)
     with pytest.raises(AssertionError, match="without rows"):
         batcher.close(slot)
     with pytest.raises(AssertionError, match="beyond the slot"):
         batcher.commit(slot, ticket(rows=5), 0.0)
+
+
+# -- priorities ---------------------------------------------------------------------------------------
+
+
+def test_a_higher_priority_goes_before_an_older_batch():
+    batcher = Batcher(2, ageing_s=1.0)
+    background = place(batcher, key=4 | 3, now=0.0)
+    urgent = place(batcher, key=4 | 0, now=2.9)
+    batcher.worker_ready(0)
+    batcher.worker_ready(1)
+    assert batcher.dispatch(2.9) == [(urgent.slot, 1), (background.slot, 0)]
+
+
+def test_but_not_before_one_that_waited_longer_by_the_ageing_of_each_step():
+    batcher = Batcher(2, ageing_s=1.0)
+    background = place(batcher, key=4 | 3, now=0.0)
+    urgent = place(batcher, key=4 | 0, now=3.1)
+    batcher.worker_ready(0)
+    batcher.worker_ready(1)
+    assert batcher.dispatch(3.1) == [(background.slot, 1), (urgent.slot, 0)]
+
+
+@given(
+    arrivals=st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.7]), st.integers(0, 3)), max_size=60),
+    run_s=st.sampled_from([0.05, 0.3, 1.0]),
+)
+def test_nothing_starves(arrivals, run_s):
+    """The bound of docs/operations.md: who comes later by more than (p - q) x ageing never goes first."""
+    batcher = Batcher(len(arrivals) + 1, ageing_s=0.5)
+    now = 0.0
+    waiting, order = [], []
+    for pause, priority in arrivals:
+        now += pause
+        waiting.append((place(batcher, key=4 | priority, capacity=1, now=now).slot, now, priority))
+    free_at = 0.0
+    while waiting:
+        batcher.worker_ready(0)
+        ((slot, _),) = batcher.dispatch(free_at)
+        mine = next(each for each in waiting if each[0] is slot)
+        waiting.remove(mine)
+        order.append(mine)
+        free_at += run_s
+        batcher.finish(slot, free_at)
+    for i, (_, came, priority) in enumerate(order):
+        for _, other_came, other_priority in order[:i]:
+            assert other_came <= came + max(0, priority - other_priority) * 0.5
+
+
+# -- predicting ---------------------------------------------------------------------------------------
+
+
+def test_the_wait_is_predicted_from_the_batches_ahead_and_the_time_of_a_batch():
+    batcher = Batcher(8)
+    batcher.worker_ready(0)
+    place(batcher, rows=4)
+    ((slot, _),) = batcher.dispatch(0.0)
+    assert batcher.expected_s == 0.0  # nothing has run yet
+    batcher.finish(slot, 2.0)
+    batcher.release(slot)
+    batcher.worker_ready(0)
+    assert batcher.expected_s == 0.0  # a worker is idle
+    place(batcher, rows=4)
+    batcher.dispatch(2.0)
+    assert batcher.expected_s == 2.0
+    for _ in range(3):
+        place(batcher, rows=4)
+    assert batcher.expected_s == 8.0
+
+
+# -- running again ------------------------------------------------------------------------------------
+
+
+def test_a_batch_whose_worker_died_goes_first_to_the_next():
+    batcher = Batcher(3)
+    batcher.worker_ready(0)
+    lost = place(batcher, now=0.0)
+    batcher.dispatch(0.0)
+    place(batcher, now=1.0)
+    assert batcher.reap(lost.slot) == [lost.ticket]
+    batcher.requeue(lost.slot)
+    batcher.worker_ready(1)
+    assert batcher.dispatch(2.0) == [(lost.slot, 1)]
+    assert lost.slot.runs == 2
+    assert batcher.finish(lost.slot, 3.0) == [lost.ticket]
+
+
+def test_a_deadline_settles_a_ticket_that_is_set_aside():
+    batcher = Batcher(1)
+    batcher.worker_ready(0)
+    one, two = place(batcher, deadline=5.0), place(batcher, deadline=9.0)
+    batcher.dispatch(0.0)
+    batcher.reap(one.slot)
+    batcher.refill(one.slot, [two.ticket], [one.ticket])
+    batcher.dispatch_to(one.slot, 7, 1.0)
+    assert two.ticket.start == 0
+    assert batcher.expire(5.0) == [one.ticket]
+    assert batcher.next_wakeup() == 9.0

@@ -23,6 +23,7 @@ CONFIG = """
 path = "{names}"
 max_batch_size = 8
 slots = 4
+max_inflight_rows = 32
 
 [models.any]
 path = "{unknown_rank}"
@@ -230,7 +231,7 @@ REFUSED = {
     "too many rows": (
         linear(33),
         errors.TooLarge,
-        "request of 33 rows; the arena of model 'linear' holds 32",
+        "request of 33 rows; model 'linear' takes at most 32 of one client",
     ),
     "rows of an unbatched signature": (
         one("whole", "float32", (1, 3), b"\0" * 24, rows=2),

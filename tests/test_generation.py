@@ -103,7 +103,7 @@ def test_requests_of_equal_row_shape_share_a_layout_whatever_their_order_and_out
     resolve = rig_of(PAIR).generation.resolve
     one = resolve(meta(("a", "int32", ()), ("b", "float64", (2,))))
     two = resolve(meta(("b", "float64", (2,)), ("a", "int32", ()), outputs=("b_out",)))
-    assert one.number == two.number
+    assert one.key == two.key
     assert one.inputs == two.inputs[::-1]
     assert one.outputs == (0, 1)
     assert two.outputs == (1,)
@@ -121,7 +121,7 @@ def test_what_a_client_must_know_is_described(rig_of):
 def test_layouts_are_forgotten_before_they_fill_the_memory(rig_of, monkeypatch):
     monkeypatch.setattr("pool.front.generation._REMEMBERED_MAX", 8)
     rig = rig_of(identity(("x", "int8", (None, None))), slots=1, max_rows_bytes=1 << 16)
-    numbers = [rig.route({"x": np.zeros((1, n), np.int8)}).number for n in range(30)]
+    numbers = [rig.route({"x": np.zeros((1, n), np.int8)}).key for n in range(30)]
     assert len(set(numbers)) == 30, "a number is never used twice: workers know layouts by it"
     assert len(rig.generation._layouts) <= 8
 
@@ -179,7 +179,7 @@ def test_a_request_of_all_the_rows_there_are_is_admitted_and_one_more_is_too_lar
     assert caught.value.retryable
     assert caught.value.retry_after_ms > 0
     rig.run_all()
-    with pytest.raises(TooLarge, match="request of 13 rows; the arena of model 'm' holds 12"):
+    with pytest.raises(TooLarge, match="request of 13 rows; model 'm' takes at most 12 of one client"):
         rig.place(2, {"x": floats(13)})
     assert list(rig.sink.answers) == [0]
 

@@ -10,14 +10,21 @@ and after any event that may let work start (rows committed, a worker became rea
 
     for slot, worker in batcher.dispatch(now): …ring that worker's doorbell…
 
-When a worker answers: `finish(slot)`, send the answers, `release(slot)`, `worker_ready(worker)`. When
-it dies: `worker_lost(worker)` at once, `reap(slot)` after the process is waited for. `next_wakeup()`
-is when to call `expire(now)` and `dispatch(now)` again if nothing else happens before.
+When a worker answers: `finish(slot, now)`, send the answers, `release(slot)`, `worker_ready(worker)`.
+When it dies: `worker_lost(worker)` at once, `reap(slot)` after the process is waited for. `next_wakeup()`
+is when to call `expire(now)`, `overdue(now)` and `dispatch(now)` again if nothing else happens before.
+
+A batch that failed may run again: after `reap` its slot is HELD, and so it is after `hold` if the worker
+answered with an error. A HELD slot is released, or requeued for any worker, or dispatched to one; before
+that, `refill` says which of its tickets run now and which are set aside.
 
 Policy. Work-conserving: a ready worker takes the oldest batch at once; while all are busy, rows gather
 and batches grow by themselves. With `max_queue_delay_s` > 0 a batch that still has room waits that long
-for company even if a worker is idle. Among the batches that may go, the one whose first row is oldest
-goes first; requests with equal *key* (same signature, same per-row shapes) are served in order.
+for company even if a worker is idle. Requests with equal *key* run together. The low two bits of a key
+are the priority, 0 to 3; batches of one priority wait in one *lane*, in the order of their first rows.
+Of the lanes' first batches that may go, the one with the smallest `opened_at + priority * ageing_s` goes:
+a batch waits for no batch of a higher priority that came later than by the difference in priority times
+`ageing_s`, so that nothing starves.
 
 Times are float seconds on one monotonic clock, always passed in.
 """
@@ -25,104 +32,14 @@ Times are float seconds on one monotonic clock, always passed in.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from math import inf
-from typing import Any
 
+from pool.front.slots import LANES, Slot, Ticket
 from pool.front.states import SlotEvent, SlotState, next_slot_state
 
-
-class Ticket:
-    """One admitted request's place in one batch (a request split over batches has one for each).
-
-    The batcher reads and writes `rows`, `start`, `deadline` and `is_settled`; the rest is the shell's.
-
-    Attributes:
-        sink: Who takes the answer.
-        client: The sink's name for the caller.
-        id: The sink's name for the request.
-        route: What the request was resolved to.
-        rows: How many rows; may be 0.
-        start: Its first row in the slot, set by `commit`.
-        deadline: When its answer stops being wanted; `inf` for never.
-        received_at: When it was admitted.
-        is_settled: Whether it was answered already (expired or withdrawn): its rows are ballast.
-    """
-
-    __slots__ = (
-        "client",
-        "deadline",
-        "id",
-        "is_settled",
-        "received_at",
-        "route",
-        "rows",
-        "sink",
-        "start",
-    )
-
-    def __init__(
-        self, sink: Any, client: Any, id_: Any, route: Any, rows: int, deadline: float, received_at: float
-    ) -> None:
-        self.sink = sink
-        self.client = client
-        self.id = id_
-        self.route = route
-        self.rows = rows
-        self.start = 0
-        self.deadline = deadline
-        self.received_at = received_at
-        self.is_settled = False
-
-
-class Slot:
-    """The bookkeeping of one slot; its bytes are the arena's.
-
-    Attributes:
-        index: Its position in the arena.
-        state: Who owns it (`pool.front.states`).
-        key: What requests must share to be placed in it.
-        capacity: Rows it holds for that key.
-        rows: Rows placed.
-        tickets: In order of placement.
-        opened_at: When its first row was placed.
-        dispatched_at: When it was given to `worker`.
-        earliest_deadline: Of its unsettled tickets.
-        generation: Counts dispatches: a stale answer carries an old number.
-        pins: The shell's count of answers that still read the slot's bytes.
-    """
-
-    __slots__ = (
-        "capacity",
-        "dispatched_at",
-        "earliest_deadline",
-        "generation",
-        "index",
-        "key",
-        "opened_at",
-        "pins",
-        "rows",
-        "state",
-        "tickets",
-        "worker",
-    )
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.state = SlotState.FREE
-        self.generation = 0
-        self._clear()
-
-    def _clear(self) -> None:
-        self.key = 0
-        self.capacity = 0
-        self.rows = 0
-        self.tickets: list[Ticket] = []
-        self.opened_at = 0.0
-        self.dispatched_at = 0.0
-        self.earliest_deadline = inf
-        self.worker: int | None = None
-        self.pins = 0
+# Weight of the newest batch in the mean run time: what happened ten batches ago counts a third.
+_RUN_WEIGHT = 0.1
 
 
 class Batcher:
@@ -131,16 +48,32 @@ class Batcher:
     Args:
         slots: How many the arena has.
         max_queue_delay_s: Longest wait of a batch with room while a worker is idle.
+        ageing_s: How much later than another a request of a priority one higher may come and still go
+            first.
+        timeout_s: Longest run of a batch.
+
+    Attributes:
+        expected_s: How long a row placed now will wait for its answer, as run times so far tell; 0 while
+            a worker is idle, for then it runs and tells more.
     """
 
-    def __init__(self, slots: int, max_queue_delay_s: float = 0.0) -> None:
+    def __init__(
+        self, slots: int, max_queue_delay_s: float = 0.0, ageing_s: float = 1.0, timeout_s: float = inf
+    ) -> None:
         self.slots = [Slot(i) for i in range(slots)]
         self.max_queue_delay_s = max_queue_delay_s
+        self.ageing_s = ageing_s
+        self.timeout_s = timeout_s
+        self.expected_s = 0.0
+        self._run_s = 0.0
         # Last in, first out for both: the slot and the worker used last are the ones still in cache.
         self._free = list(reversed(self.slots))
         self._ready: list[int] = []
         self._open: dict[int, Slot] = {}  # slots that still have room; at most one per key
-        self._queue: deque[Slot] = deque()  # slots with rows, oldest first row first, full or not
+        # Slots with rows that no worker has, oldest first row first, full or not; by priority.
+        self._lanes: tuple[deque[Slot], ...] = tuple(deque() for _ in range(LANES))
+        self._queued = 0  # slots in all lanes
+        self._running: dict[int, Slot] = {}  # by index
 
     # -- placing ------------------------------------------------------------------------------------
 
@@ -166,10 +99,13 @@ class Batcher:
         """Admit `ticket`, whose rows the shell has just written at `slot.rows`."""
         if not slot.tickets:
             slot.opened_at = now
-            self._queue.append(slot)
+            self._lanes[slot.key & (LANES - 1)].append(slot)
+            self._queued += 1
+            self._expect()
         ticket.start = slot.rows
         slot.tickets.append(ticket)
         slot.rows += ticket.rows
+        ticket.account.rows += ticket.rows
         if ticket.deadline < slot.earliest_deadline:
             slot.earliest_deadline = ticket.deadline
         if slot.rows >= slot.capacity:
@@ -194,56 +130,132 @@ class Batcher:
         """A worker can take a batch."""
         assert worker not in self._ready, "worker is ready twice"
         self._ready.append(worker)
+        self._expect()
 
     def worker_lost(self, worker: int) -> None:
         """A worker can take no more batches (it died or drains)."""
         if worker in self._ready:
             self._ready.remove(worker)
+            self._expect()
 
     def dispatch(self, now: float) -> list[tuple[Slot, int]]:
         """Give batches to ready workers; the slots returned are theirs from now on."""
         actions: list[tuple[Slot, int]] = []
-        while self._ready and self._queue:
+        while self._ready and self._queued:
             slot = self._next_batch(now)
             if slot is None:
                 break
             if self._open.get(slot.key) is slot:
                 del self._open[slot.key]
-            slot.state = next_slot_state(slot.state, SlotEvent.DISPATCH)
-            slot.worker = self._ready.pop()
-            slot.generation = (slot.generation + 1) & 0xFFFFFFFF  # u32 in the doorbell
-            slot.dispatched_at = now
-            actions.append((slot, slot.worker))
+            worker = self._ready.pop()
+            self.dispatch_to(slot, worker, now)
+            actions.append((slot, worker))
         return actions
 
-    def _next_batch(self, now: float) -> Slot | None:
-        if self.max_queue_delay_s == 0.0:
-            return self._queue.popleft()
-        for i, slot in enumerate(self._queue):
-            if self._open.get(slot.key) is not slot or slot.opened_at + self.max_queue_delay_s <= now:
-                del self._queue[i]
-                return slot
-        return None
+    def dispatch_to(self, slot: Slot, worker: int, now: float) -> None:
+        """Give a batch that waits in no lane to a worker, ready or not the batcher's to know."""
+        slot.state = next_slot_state(slot.state, SlotEvent.DISPATCH)
+        slot.worker = worker
+        slot.generation = (slot.generation + 1) & 0xFFFFFFFF  # u32 in the doorbell
+        slot.dispatched_at = now
+        slot.runs += 1
+        slot.is_overdue = False
+        self._running[slot.index] = slot
+        self._expect()
 
-    def finish(self, slot: Slot) -> list[Ticket]:
+    def _next_batch(self, now: float) -> Slot | None:
+        """Take the batch that goes next out of its lane."""
+        best: Slot | None = None
+        best_lane, best_at, best_due = 0, 0, inf
+        for priority, lane in enumerate(self._lanes):
+            for at, slot in enumerate(lane):
+                if self._may_go(slot, now):
+                    due = slot.opened_at + priority * self.ageing_s
+                    if due < best_due:
+                        best, best_lane, best_at, best_due = slot, priority, at, due
+                    break
+        if best is not None:
+            del self._lanes[best_lane][best_at]
+            self._queued -= 1
+        return best
+
+    def _may_go(self, slot: Slot, now: float) -> bool:
+        return (
+            self.max_queue_delay_s == 0.0
+            or self._open.get(slot.key) is not slot
+            or slot.opened_at + self.max_queue_delay_s <= now
+        )
+
+    def finish(self, slot: Slot, now: float) -> list[Ticket]:
         """The worker answered: the slot is the front's again. Gives the tickets still to be answered."""
         slot.state = next_slot_state(slot.state, SlotEvent.FINISH)
+        del self._running[slot.index]
+        run_s = now - slot.dispatched_at
+        self._run_s += _RUN_WEIGHT * (run_s - self._run_s) if self._run_s else run_s
+        self._expect()
         return [ticket for ticket in slot.tickets if not ticket.is_settled]
 
     def release(self, slot: Slot) -> None:
-        """Every answer has left the slot."""
+        """Every answer has left the slot, or no ticket of a HELD one is to run again."""
         self._give_back(slot, SlotEvent.RELEASE)
-
-    def reap(self, slot: Slot) -> list[Ticket]:
-        """The slot's worker is dead and waited for. Gives the tickets that it leaves unanswered."""
-        tickets = [ticket for ticket in slot.tickets if not ticket.is_settled]
-        self._give_back(slot, SlotEvent.REAP)
-        return tickets
 
     def _give_back(self, slot: Slot, event: SlotEvent) -> None:
         slot.state = next_slot_state(slot.state, event)
+        for ticket in slot.tickets:
+            ticket.account.rows -= ticket.rows
+        for ticket in slot.aside:
+            ticket.account.rows -= ticket.rows
         slot._clear()
         self._free.append(slot)
+
+    def _expect(self) -> None:
+        if self._ready and not self._queued:
+            self.expected_s = 0.0
+        else:
+            workers = len(self._ready) + len(self._running)
+            self.expected_s = self._run_s * (1 + self._queued // max(1, workers))
+
+    # -- running again ------------------------------------------------------------------------------
+
+    def reap(self, slot: Slot) -> list[Ticket]:
+        """The slot's worker is dead and waited for: it is HELD. Gives the tickets still to be answered."""
+        slot.state = next_slot_state(slot.state, SlotEvent.REAP)
+        del self._running[slot.index]
+        self._expect()
+        return [ticket for ticket in slot.tickets if not ticket.is_settled]
+
+    def hold(self, slot: Slot) -> None:
+        """The batch of a DONE slot failed, and its rows are to run again: it is HELD."""
+        slot.state = next_slot_state(slot.state, SlotEvent.HOLD)
+
+    def refill(self, slot: Slot, tickets: Sequence[Ticket], aside: Sequence[Ticket]) -> None:
+        """Say which tickets of a slot run now, and which later; what is in neither has left it.
+
+        The shell writes the rows of `tickets` to the slot, one after the other from row 0.
+
+        Args:
+            slot: HELD, or OPEN and about to be dispatched.
+            tickets: Some of its tickets.
+            aside: Others of its tickets.
+        """
+        kept = {id(ticket) for ticket in (*tickets, *aside)}
+        for ticket in slot.everyone():
+            if id(ticket) not in kept:
+                ticket.account.rows -= ticket.rows
+        slot.tickets = list(tickets)
+        slot.aside = list(aside)
+        slot.rows = 0
+        for ticket in tickets:
+            ticket.start = slot.rows
+            slot.rows += ticket.rows
+        slot.earliest_deadline = _earliest_deadline(slot)
+
+    def requeue(self, slot: Slot) -> None:
+        """Let the next ready worker take a HELD slot's tickets: they have waited longest."""
+        assert slot.state is SlotState.HELD, "requeueing a slot that is not held"
+        self._lanes[slot.priority].appendleft(slot)
+        self._queued += 1
+        self._expect()
 
     # -- time ---------------------------------------------------------------------------------------
 
@@ -256,25 +268,35 @@ class Batcher:
         for slot in self.slots:
             if slot.earliest_deadline > now:
                 continue
-            earliest = inf
-            for ticket in slot.tickets:
-                if ticket.is_settled:
-                    continue
-                if ticket.deadline <= now:
+            for ticket in slot.everyone():
+                if not ticket.is_settled and ticket.deadline <= now:
                     ticket.is_settled = True
                     expired.append(ticket)
-                elif ticket.deadline < earliest:
-                    earliest = ticket.deadline
-            slot.earliest_deadline = earliest
+            slot.earliest_deadline = _earliest_deadline(slot)
             self._drop_if_settled(slot)
         return expired
 
+    def overdue(self, now: float) -> list[Slot]:
+        """The batches that have run for too long since the last call; each is given once."""
+        if self.timeout_s == inf:
+            return []
+        found = []
+        for slot in self._running.values():
+            if not slot.is_overdue and slot.dispatched_at + self.timeout_s <= now:
+                slot.is_overdue = True
+                found.append(slot)
+        return found
+
     def _drop_if_settled(self, slot: Slot) -> None:
-        if slot.state is SlotState.OPEN and all(ticket.is_settled for ticket in slot.tickets):
-            self._queue.remove(slot)
-            if self._open.get(slot.key) is slot:
-                del self._open[slot.key]
-            self._give_back(slot, SlotEvent.ABANDON)
+        if slot not in self._lanes[slot.priority] or not all(t.is_settled for t in slot.everyone()):
+            return
+        self._lanes[slot.priority].remove(slot)
+        self._queued -= 1
+        if self._open.get(slot.key) is slot:
+            del self._open[slot.key]
+        event = SlotEvent.RELEASE if slot.state is SlotState.HELD else SlotEvent.ABANDON
+        self._give_back(slot, event)
+        self._expect()
 
     def withdraw(self, slot: Slot, ticket: Ticket) -> None:
         """The ticket's answer is not wanted any more; a waiting batch of such tickets alone is dropped."""
@@ -282,25 +304,31 @@ class Batcher:
         self._drop_if_settled(slot)
 
     def drop_waiting(self) -> list[Ticket]:
-        """Settle and give every ticket that no worker has started, oldest batch first."""
+        """Settle and give every ticket that waits for a worker, by lane, oldest batch first."""
         dropped: list[Ticket] = []
-        for slot in list(self._queue):
-            for ticket in slot.tickets:
-                if not ticket.is_settled:
-                    ticket.is_settled = True
-                    dropped.append(ticket)
-            self._drop_if_settled(slot)
+        for lane in self._lanes:
+            for slot in list(lane):
+                for ticket in slot.everyone():
+                    if not ticket.is_settled:
+                        ticket.is_settled = True
+                        dropped.append(ticket)
+                self._drop_if_settled(slot)
         return dropped
 
     def next_wakeup(self) -> float:
-        """When the clock alone makes something due: a deadline, or a batch that waited long enough."""
+        """When the clock alone makes something due: a deadline, a batch that waited or ran long enough."""
         wakeup = inf
         for slot in self.slots:
             if slot.earliest_deadline < wakeup:
                 wakeup = slot.earliest_deadline
+        if self.timeout_s < inf:
+            for slot in self._running.values():
+                if not slot.is_overdue:
+                    wakeup = min(wakeup, slot.dispatched_at + self.timeout_s)
         if self.max_queue_delay_s > 0.0 and self._ready:
-            for slot in self._queue:
-                wakeup = min(wakeup, slot.opened_at + self.max_queue_delay_s)
+            for lane in self._lanes:
+                for slot in lane:
+                    wakeup = min(wakeup, slot.opened_at + self.max_queue_delay_s)
         return wakeup
 
     # -- looking ------------------------------------------------------------------------------------
@@ -308,7 +336,7 @@ class Batcher:
     @property
     def queue_rows(self) -> int:
         """Rows admitted that no worker has started."""
-        return sum(slot.rows for slot in self._queue)
+        return sum(slot.rows for lane in self._lanes for slot in lane)
 
     @property
     def is_idle(self) -> bool:
@@ -317,4 +345,15 @@ class Batcher:
 
     def running(self) -> Iterable[Slot]:
         """Slots that belong to workers."""
-        return (slot for slot in self.slots if slot.state is SlotState.RUNNING)
+        return self._running.values()
+
+    def unsettled(self) -> Iterator[tuple[Slot, Ticket]]:
+        """Every ticket that is still to be answered, with its slot."""
+        for slot in self.slots:
+            for ticket in slot.everyone():
+                if not ticket.is_settled:
+                    yield slot, ticket
+
+
+def _earliest_deadline(slot: Slot) -> float:
+    return min((ticket.deadline for ticket in slot.everyone() if not ticket.is_settled), default=inf)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pool.front.batcher import Slot, Ticket
 from pool.front.replies import Reply
+from pool.front.slots import Slot, Ticket
 
 if TYPE_CHECKING:
     from pool.front.endpoint import Endpoint

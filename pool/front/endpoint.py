@@ -26,13 +26,13 @@ import zmq
 from pool import wire
 from pool.config import ServerConfig
 from pool.errors import InternalError, InvalidInput, PoolError, TooLarge, WireError
-from pool.front.batcher import Slot, Ticket
 from pool.front.binding import bind
 from pool.front.bundles import Bundles
 from pool.front.columns import frame_size_error
 from pool.front.engine import Engine
 from pool.front.generation import Generation, Route
 from pool.front.replies import Reply
+from pool.front.slots import Slot, Ticket
 from pool.wire import FIXED_BYTES, HEAD, HEAD_BYTES, PART, Flag, Header, Kind, PredictMeta, SignatureMeta
 
 if TYPE_CHECKING:
@@ -164,7 +164,12 @@ class Endpoint:
                 self._receive_slowly(client, header, now)
                 continue
             batcher = generation.batcher
-            slot = batcher.open_slot(route.number, route.capacity)
+            patience = timeout_ms * 1e-3 or route.timeout_s
+            account = generation.accounts.get(client) or generation.account(client)
+            if patience < batcher.expected_s or account.rows + rows > route.inflight_rows:
+                self._receive_slowly(client, header, now)
+                continue
+            slot = batcher.open_slot(route.key, route.capacity)
             if slot is None or rows > slot.capacity - slot.rows:
                 if slot is not None:
                     batcher.abandon(slot)
@@ -191,8 +196,8 @@ class Endpoint:
                 self._refuse(client, id_, fault)
                 continue
             admitted += 1
-            deadline = now + (timeout_ms * 1e-3 or route.timeout_s)
-            batcher.commit(slot, Ticket(self, client, id_, route, rows, deadline, now), now)
+            ticket = Ticket(self, client, id_, route, rows, now + patience, now, route.key, account)
+            batcher.commit(slot, ticket, now)
             if slot.rows == slot.capacity:  # a full batch need not wait for the end of the drain
                 now = monotonic()
                 self._engine.flush(generation, now)
@@ -265,8 +270,19 @@ class Endpoint:
             route = self._find_route(header.meta)
             if not (route.is_batched and route.is_numeric):
                 raise InvalidInput("a bundle of requests with string inputs, or to a signature not batched")
+            key, account = route.key, route.generation.account(client)
             tickets = [
-                Ticket(self._bundles, client, id_, route, rows, now + (millis * 1e-3 or route.timeout_s), now)
+                Ticket(
+                    self._bundles,
+                    client,
+                    id_,
+                    route,
+                    rows,
+                    now + (millis * 1e-3 or route.timeout_s),
+                    now,
+                    key,
+                    account,
+                )
                 for id_, millis, rows in parts
             ]
             refused = route.generation.place_all(tickets, frames[1:], now)
@@ -284,7 +300,8 @@ class Endpoint:
         self._check_sizes(frames)
         route = self._find_route(header.meta)
         deadline = now + (header.millis * 1e-3 or route.timeout_s)
-        ticket = Ticket(self, client, header.id, route, header.rows, deadline, now)
+        account = route.generation.account(client)
+        ticket = Ticket(self, client, header.id, route, header.rows, deadline, now, route.key, account)
         route.generation.place(ticket, frames, now)
         self.requests += 1
         self._engine.flush(route.generation, now)

@@ -29,10 +29,10 @@ from pool.errors import (
     WorkerLost,
 )
 from pool.front.awake import Awake, Event
-from pool.front.batcher import Slot, Ticket
 from pool.front.generation import Generation, Route
 from pool.front.replicas import Replicas, Worker
 from pool.front.replies import Sink
+from pool.front.slots import Slot, Ticket
 from pool.front.states import WorkerState
 from pool.front.status import read_status
 from pool.front.supervisor import Supervisor
@@ -265,13 +265,13 @@ class Engine:
             log.error("stale answer model=%s worker=%d slot=%d", generation.model, worker.index, message.slot)
             return
         batcher = generation.batcher
-        tickets = batcher.finish(slot)
+        now = time.monotonic()
+        tickets = batcher.finish(slot, now)
         replicas = self.models[generation.model].replicas
         assert replicas is not None
         replicas.finished(worker)
         self._running -= 1
         batcher.worker_ready(worker.index)
-        now = time.monotonic()
         self._awake.came(Event.ANSWER, now)
         self._dispatch(generation, now)
         self._count(generation, slot.rows)
@@ -336,6 +336,7 @@ class Engine:
             self._running -= 1
             rows = slot.rows
             tickets = generation.batcher.reap(slot)
+            generation.batcher.release(slot)
             self._refuse(tickets, WorkerLost(f"the worker running the batch of {rows} rows ended: {how}"))
         self._give_up_if_failed(generation, how)
         self._note_idle()

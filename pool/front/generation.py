@@ -8,7 +8,7 @@ into slots; `pool.front.replies` is the way back.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
+from math import ceil, inf
 from typing import Any
 
 import msgspec
@@ -21,10 +21,11 @@ from pool.errors import (
     PoolError,
     TooLarge,
 )
-from pool.front.batcher import Batcher, Ticket
+from pool.front.batcher import Batcher
 from pool.front.columns import read_columns, read_numeric
 from pool.front.replies import Join, Reply
 from pool.front.sizing import plan_arena, row_bytes
+from pool.front.slots import LANE_BITS, LANES, Account, Ticket
 from pool.shm.arena import Arena, Layout, decode_outputs, plan_layout
 from pool.shm.control import LoadReport
 from pool.signature import Signature, TensorSpec, choose_signature
@@ -34,8 +35,9 @@ from pool.wire import PredictMeta, TensorMeta
 # without end must not grow the front.
 _REMEMBERED_MAX = 4096
 
-# Advice to a client that found no room. A slot is freed about every batch; 10 ms is a usual one.
-RETRY_AFTER_MS = 10
+# Advice to a client that found no room, before any batch has told how long one takes; and at most.
+_RETRY_AFTER_MS = 10
+_RETRY_AFTER_MOST_MS = 10_000
 
 
 class Route:
@@ -45,7 +47,8 @@ class Route:
         generation: The model as served.
         signature: What runs.
         layout: How slots are cut for it.
-        number: The layout's number: what batches share.
+        keys: What batches of each priority share (`pool.front.batcher`).
+        key: The same for requests that carry no priority.
         capacity: Rows a slot holds in this layout.
         is_batched: Whether a request may have other than one row.
         inputs: For each tensor frame in the request's order: (offset in the slot, bytes of a row).
@@ -53,16 +56,19 @@ class Route:
         is_numeric: Whether every input has a fixed size, so that frames go into the slot directly.
         outputs: Indices of the outputs wanted, in the order wanted.
         timeout_s: Of requests that carry none; `inf` for none.
+        inflight_rows: Most rows one client may have in the arena.
     """
 
     __slots__ = (
         "capacity",
         "generation",
+        "inflight_rows",
         "inputs",
         "is_batched",
         "is_numeric",
+        "key",
+        "keys",
         "layout",
-        "number",
         "outputs",
         "regions",
         "signature",
@@ -80,8 +86,10 @@ class Route:
         self.generation = generation
         self.signature = signature
         self.layout = layout
-        self.number = layout.number
+        self.keys = tuple(layout.number << LANE_BITS | priority for priority in range(LANES))
+        self.key = self.keys[generation.config.priority]
         self.capacity = layout.capacity
+        self.inflight_rows = generation.inflight_rows(layout.capacity)
         self.is_batched = signature.batched
         self.regions = [layout.descriptor.inputs[i] for i in order]
         self.inputs = [(region.offset, region.row_bytes) for region in self.regions]
@@ -112,7 +120,13 @@ class Generation:
         slots, slot_bytes = plan_arena(config, report)
         self.arena = Arena.create(slots, slot_bytes)
         self.views = [slot.data for slot in self.arena.slots]
-        self.batcher = Batcher(slots, config.max_queue_delay_ms / 1e3)
+        self.batcher = Batcher(
+            slots,
+            config.max_queue_delay_ms / 1e3,
+            config.priority_ageing_ms / 1e3,
+            config.timeout_ms / 1e3 or inf,
+        )
+        self.accounts: dict[Any, Account] = {}  # by client
         self._layouts: dict[tuple[str, tuple[tuple[int, ...], ...]], Layout] = {}
         self._layouts_made = 0
         self._replies: dict[tuple[int, bytes, tuple[int, ...]], Reply] = {}
@@ -128,8 +142,18 @@ class Generation:
             "model": self.model,
             "version": self.version,
             "signatures": [msgspec.to_builtins(signature) for signature in self.signatures.values()],
-            "max_rows": self.config.max_batch_size * len(self.batcher.slots),
+            "max_rows": self.inflight_rows(self.config.max_batch_size),
         }
+
+    def inflight_rows(self, capacity: int) -> int:
+        """Most rows that one client may have in the arena, where a slot holds `capacity`.
+
+        Unless the config says, all but one slot: so one client alone never shuts the others out.
+        """
+        slots = len(self.batcher.slots)
+        if self.config.max_inflight_rows is not None:
+            return min(self.config.max_inflight_rows, slots * capacity)
+        return (slots - 1 if slots > 2 else slots) * capacity
 
     # -- resolving ----------------------------------------------------------------------------------
 
@@ -182,6 +206,13 @@ class Generation:
 
     # -- placing ------------------------------------------------------------------------------------
 
+    def account(self, client: Any) -> Account:
+        """The account of a client, opened if it has none."""
+        account = self.accounts.get(client)
+        if account is None:
+            account = self.accounts[client] = Account()
+        return account
+
     def check_rows(self, route: Route, rows: int) -> None:
         """Refuse a number of rows that can never be placed.
 
@@ -193,19 +224,47 @@ class Generation:
                 f"{rows} rows for signature {route.signature.name!r}, which is not batched "
                 f"({route.signature.unbatched_reason}); wanted 1, with whole tensors"
             )
-        most = route.layout.capacity * len(self.batcher.slots)
-        if rows > most:
-            raise TooLarge(f"request of {rows} rows; the arena of model {self.model!r} holds {most}")
+        if rows > route.inflight_rows:
+            raise TooLarge(
+                f"request of {rows} rows; model {self.model!r} takes at most {route.inflight_rows} "
+                f"of one client"
+            )
 
-    def overloaded(self, route: Route, rows: int) -> Overloaded:
-        """The refusal of a request that finds no room."""
-        layout = route.layout
-        free = self.batcher.free_rows(layout.number, layout.capacity)
-        return Overloaded(
-            f"no room for {rows} rows: model {self.model!r} has {free} of "
-            f"{layout.capacity * len(self.batcher.slots)} rows free",
-            retry_after_ms=RETRY_AFTER_MS,
+    def check_room(self, ticket: Ticket, now: float) -> None:
+        """Refuse a request that there is no room for, or whose answer would come too late.
+
+        Raises:
+            Overloaded: the sentence says which of the two.
+        """
+        patience = ticket.deadline - now
+        if patience < self.batcher.expected_s:
+            raise self._overloaded(
+                f"model {self.model!r} would answer in about {self.batcher.expected_s * 1e3:.0f} ms; "
+                f"the request waits for {patience * 1e3:.0f} ms"
+            )
+        route: Route = ticket.route
+        free = self.batcher.free_rows(ticket.key, route.capacity)
+        if free < ticket.rows or not free:
+            raise self.full(ticket)
+        if ticket.account.rows + ticket.rows > route.inflight_rows:
+            raise self._overloaded(
+                f"no room for {ticket.rows} rows of this client: it has {ticket.account.rows} of at most "
+                f"{route.inflight_rows} in model {self.model!r}"
+            )
+
+    def full(self, ticket: Ticket) -> Overloaded:
+        """The refusal of a request that finds no room in the arena."""
+        route: Route = ticket.route
+        return self._overloaded(
+            f"no room for {ticket.rows} rows: model {self.model!r} has "
+            f"{self.batcher.free_rows(ticket.key, route.capacity)} of "
+            f"{route.capacity * len(self.batcher.slots)} rows free"
         )
+
+    def _overloaded(self, sentence: str) -> Overloaded:
+        """With the time in which the batches that wait now will be through as advice."""
+        retry_after_ms = min(ceil(self.batcher.expected_s * 1e3) or _RETRY_AFTER_MS, _RETRY_AFTER_MOST_MS)
+        return Overloaded(sentence, retry_after_ms=retry_after_ms)
 
     def place(self, ticket: Ticket, frames: Sequence[memoryview | bytes], now: float) -> None:
         """Copy a request's rows into slots and commit them, split over batches where one has no room.
@@ -220,18 +279,16 @@ class Generation:
             InvalidInput · TooLarge · Overloaded: nothing of the request will run.
         """
         route: Route = ticket.route
-        number, capacity = route.number, route.capacity
         self.check_rows(route, ticket.rows)
         columns = read_columns(route, ticket.rows, frames)
-        if self.batcher.free_rows(number, capacity) < ticket.rows:
-            raise self.overloaded(route, ticket.rows)
+        self.check_room(ticket, now)
         join: Join | None = None
         done = 0
         while join is None or done < ticket.rows:
-            slot = self.batcher.open_slot(number, capacity)
+            slot = self.batcher.open_slot(ticket.key, route.capacity)
             if slot is None:
                 self._unplace(join)
-                raise self.overloaded(route, ticket.rows)
+                raise self.full(ticket)
             memory = self.arena.slots[slot.index]
             rows = min(ticket.rows - done, slot.capacity - slot.rows)
             for column in columns:
@@ -252,7 +309,9 @@ class Generation:
                 return
             if join is None:
                 join = Join(ticket)
-            part = Ticket(join, None, len(join.parts), route, rows, ticket.deadline, now)
+            part = Ticket(
+                join, None, len(join.parts), route, rows, ticket.deadline, now, ticket.key, ticket.account
+            )
             join.parts.append((slot, part))
             self.batcher.commit(slot, part, now)
             done += rows
@@ -263,7 +322,7 @@ class Generation:
         """Place the requests of a bundle, one after the other: `place` for many at the price of one.
 
         Args:
-            tickets: Of one route, batched and numeric; in no slot yet.
+            tickets: Of one route, batched and numeric, one client and one priority; in no slot yet.
             frames: Tensor payloads of all their rows together, in the request's order.
             now: Monotonic seconds.
 
@@ -275,21 +334,28 @@ class Generation:
         """
         route: Route = tickets[0].route
         columns = read_numeric(route, sum(ticket.rows for ticket in tickets), frames)
-        number, capacity = route.number, route.capacity
+        key, account = tickets[0].key, tickets[0].account
         refused: list[tuple[Ticket, PoolError]] = []
         first = done = 0
         while first < len(tickets):
-            slot = self.batcher.open_slot(number, capacity)
+            slot = self.batcher.open_slot(key, route.capacity)
             if slot is None:
-                refused += [(ticket, self.overloaded(route, ticket.rows)) for ticket in tickets[first:]]
+                full = self.full(tickets[first])
+                refused += [(ticket, full) for ticket in tickets[first:]]
                 break
-            room = slot.capacity - slot.rows
+            room = min(slot.capacity - slot.rows, route.inflight_rows - account.rows)
+            soonest = now + self.batcher.expected_s
             rows, end = 0, first
             # A full slot takes no more, not even a request of no rows.
-            while end < len(tickets) and rows < room and rows + tickets[end].rows <= room:
+            while (
+                end < len(tickets)
+                and rows < room
+                and rows + tickets[end].rows <= room
+                and tickets[end].deadline >= soonest
+            ):
                 rows += tickets[end].rows
                 end += 1
-            if end == first:  # the next one has to be split, or waits for an empty slot
+            if end == first:  # the next one has to be split, waits for an empty slot, or is to be refused
                 self.batcher.abandon(slot)
                 ticket = tickets[first]
                 spans = [column.span(done, ticket.rows) for column in columns]

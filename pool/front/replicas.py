@@ -17,8 +17,8 @@ from typing import Protocol
 
 from pool.config import ModelConfig, Placement
 from pool.errors import ModelLoadError, PoolError, Unavailable
-from pool.front.batcher import Slot
 from pool.front.generation import Generation
+from pool.front.slots import Slot
 from pool.front.states import WorkerEvent, WorkerState, next_worker_state
 from pool.front.supervisor import Supervisor, place_worker
 from pool.front.zygotes import Child, describe_exit
@@ -280,7 +280,7 @@ class Replicas:
         assert worker.slot is None
         worker.move(WorkerEvent.DISPATCH)
         worker.slot = slot
-        message = Message(Ring.RUN, slot.index, slot.rows, slot.generation, slot.key)
+        message = Message(Ring.RUN, slot.index, slot.rows, slot.generation, slot.layout)
         try:
             doorbell.ring(worker.bell, message)
         except OSError as e:  # it is dying: its end is about to be seen, and the slot recovered then

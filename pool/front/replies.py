@@ -10,7 +10,7 @@ from typing import Protocol
 
 from pool import wire
 from pool.errors import ModelError, PoolError
-from pool.front.batcher import Slot, Ticket
+from pool.front.slots import Slot, Ticket
 from pool.shm.arena import OutputPlace
 from pool.signature import ITEM_BYTES, Signature, row_items
 from pool.wire import TensorMeta

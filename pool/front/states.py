@@ -1,13 +1,18 @@
 """Theory of operation of slots and workers: two state tables. Pure; runs in the front.
 
 A **slot** is one batch-sized region of the arena and always has one owner. The front owns it while
-requests are placed (OPEN) and while their answers are sent (DONE); one worker owns it while it runs.
+requests are placed (OPEN), while their answers are sent (DONE) and while a batch that failed waits to run
+again (HELD); one worker owns it while it runs (RUNNING).
 Nobody else touches its bytes. A slot whose worker died is the worker's until the process is reaped:
 only then can nothing write to it any more.
 
         FREE --open--> OPEN --dispatch--> RUNNING --finish--> DONE --release--> FREE
-                        |                    |
-                        +--abandon--> FREE   +--reap--> FREE
+                        |                   | ^                |
+                        +--abandon--> FREE  | +--dispatch--+   hold
+                                            |              |   |
+                                            +----reap----> HELD <
+                                                           |
+                                                           +--release--> FREE
 
 A **worker** is one process. The supervisor feeds it the events below; a pair that is not in the table
 cannot happen, and is a defect if it does (`IllegalTransition`).
@@ -35,6 +40,7 @@ class SlotState(enum.Enum):
     OPEN = "open"
     RUNNING = "running"
     DONE = "done"
+    HELD = "held"
 
 
 class SlotEvent(enum.Enum):
@@ -45,6 +51,7 @@ class SlotEvent(enum.Enum):
     DISPATCH = "dispatch"
     FINISH = "finish"
     REAP = "reap"  # its worker is dead and waited for
+    HOLD = "hold"  # its batch raised, and its rows are to run again
     RELEASE = "release"
 
 
@@ -78,8 +85,11 @@ SLOT: Mapping[tuple[SlotState, SlotEvent], SlotState] = {
     (SlotState.OPEN, SlotEvent.ABANDON): SlotState.FREE,
     (SlotState.OPEN, SlotEvent.DISPATCH): SlotState.RUNNING,
     (SlotState.RUNNING, SlotEvent.FINISH): SlotState.DONE,
-    (SlotState.RUNNING, SlotEvent.REAP): SlotState.FREE,
+    (SlotState.RUNNING, SlotEvent.REAP): SlotState.HELD,
+    (SlotState.DONE, SlotEvent.HOLD): SlotState.HELD,
     (SlotState.DONE, SlotEvent.RELEASE): SlotState.FREE,
+    (SlotState.HELD, SlotEvent.DISPATCH): SlotState.RUNNING,
+    (SlotState.HELD, SlotEvent.RELEASE): SlotState.FREE,
 }
 
 WORKER: Mapping[tuple[WorkerState, WorkerEvent], WorkerState] = {

@@ -1,0 +1,161 @@
+"""What the batcher keeps books of: slots, the tickets in them, and whose rows they are. Pure; front."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import inf
+from typing import Any
+
+from pool.front.states import SlotState
+
+LANE_BITS = 2  # of a key: its priority
+LANES = 1 << LANE_BITS
+
+
+class Account:
+    """Rows that one client has in the slots of one model.
+
+    Attributes:
+        rows: Placed and not given back yet, expired ones included: they take room all the same.
+    """
+
+    __slots__ = ("rows",)
+
+    def __init__(self) -> None:
+        self.rows = 0
+
+
+class Ticket:
+    """One admitted request's place in one batch (a request split over batches has one for each).
+
+    The batcher reads and writes `rows`, `start`, `deadline`, `account` and `is_settled`; the rest is the
+    shell's.
+
+    Attributes:
+        sink: Who takes the answer.
+        client: The sink's name for the caller.
+        id: The sink's name for the request.
+        route: What the request was resolved to.
+        rows: How many rows; may be 0.
+        start: Its first row in the slot, set by `commit`.
+        deadline: When its answer stops being wanted; `inf` for never.
+        received_at: When it was admitted.
+        key: What it shares with the requests it may run with.
+        account: Whose rows they are.
+        is_settled: Whether it was answered already (expired or withdrawn): its rows are ballast.
+    """
+
+    __slots__ = (
+        "account",
+        "client",
+        "deadline",
+        "id",
+        "is_settled",
+        "key",
+        "received_at",
+        "route",
+        "rows",
+        "sink",
+        "start",
+    )
+
+    def __init__(
+        self,
+        sink: Any,
+        client: Any,
+        id_: Any,
+        route: Any,
+        rows: int,
+        deadline: float,
+        received_at: float,
+        key: int,
+        account: Account,
+    ) -> None:
+        self.sink = sink
+        self.client = client
+        self.id = id_
+        self.route = route
+        self.rows = rows
+        self.start = 0
+        self.deadline = deadline
+        self.received_at = received_at
+        self.key = key
+        self.account = account
+        self.is_settled = False
+
+
+class Slot:
+    """The bookkeeping of one slot; its bytes are the arena's.
+
+    Attributes:
+        index: Its position in the arena.
+        state: Who owns it (`pool.front.states`).
+        key: What requests must share to be placed in it.
+        capacity: Rows it holds for that key.
+        rows: Rows placed.
+        tickets: In order of placement.
+        aside: Tickets of a batch that failed which do not run in the present one.
+        opened_at: When its first row was placed.
+        dispatched_at: When it was given to `worker`.
+        earliest_deadline: Of its unsettled tickets.
+        generation: Counts dispatches: a stale answer carries an old number.
+        pins: The shell's count of answers that still read the slot's bytes.
+        runs: How often these rows were dispatched.
+        inquest: The shell's note on a batch that failed.
+        is_overdue: Whether its worker took too long and was given up.
+    """
+
+    __slots__ = (
+        "aside",
+        "capacity",
+        "dispatched_at",
+        "earliest_deadline",
+        "generation",
+        "index",
+        "inquest",
+        "is_overdue",
+        "key",
+        "opened_at",
+        "pins",
+        "rows",
+        "runs",
+        "state",
+        "tickets",
+        "worker",
+    )
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.state = SlotState.FREE
+        self.generation = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.key = 0
+        self.capacity = 0
+        self.rows = 0
+        self.tickets: list[Ticket] = []
+        self.aside: list[Ticket] = []
+        self.opened_at = 0.0
+        self.dispatched_at = 0.0
+        self.earliest_deadline = inf
+        self.worker: int | None = None
+        self.pins = 0
+        self.runs = 0
+        self.inquest: Any = None
+        self.is_overdue = False
+
+    @property
+    def priority(self) -> int:
+        """Of its tickets."""
+        return self.key & (LANES - 1)
+
+    @property
+    def layout(self) -> int:
+        """The number of its layout."""
+        return self.key >> LANE_BITS
+
+    def everyone(self) -> Iterator[Ticket]:
+        """Its tickets, those set aside included."""
+        yield from self.tickets
+        yield from self.aside
