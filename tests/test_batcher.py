@@ -593,7 +593,7 @@ def test_but_not_before_one_that_waited_longer_by_the_ageing_of_each_step():
 
 
 @given(
-    arrivals=st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.7]), st.integers(0, 3)), max_size=60),
+    arrivals=st.lists(st.tuples(st.sampled_from([0.0, 0.125, 0.75]), st.integers(0, 3)), max_size=60),
     run_s=st.sampled_from([0.05, 0.3, 1.0]),
 )
 def test_nothing_starves(arrivals, run_s):
