@@ -94,7 +94,7 @@ class Zygote:
             )
         )
         shared = [] if weights_fd is None else [weights_fd]
-        pid = self.fork("worker", [order, self.lifeline, its_bell.fileno(), arena.fd, *shared])
+        pid = self.fork("worker", [order, self.lifeline, 2, its_bell.fileno(), arena.fd, *shared])
         its_bell.close()
         os.close(order)
         return pid, bell

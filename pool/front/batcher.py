@@ -234,7 +234,7 @@ class Batcher:
         The shell writes the rows of `tickets` to the slot, one after the other from row 0.
 
         Args:
-            slot: HELD, or OPEN and about to be dispatched.
+            slot: HELD, or dispatched and not told to its worker yet.
             tickets: Some of its tickets.
             aside: Others of its tickets.
         """
@@ -249,6 +249,7 @@ class Batcher:
             ticket.start = slot.rows
             slot.rows += ticket.rows
         slot.earliest_deadline = _earliest_deadline(slot)
+        slot.has_ballast = False
 
     def requeue(self, slot: Slot) -> None:
         """Let the next ready worker take a HELD slot's tickets: they have waited longest."""
@@ -271,6 +272,7 @@ class Batcher:
             for ticket in slot.everyone():
                 if not ticket.is_settled and ticket.deadline <= now:
                     ticket.is_settled = True
+                    slot.has_ballast = True
                     expired.append(ticket)
             slot.earliest_deadline = _earliest_deadline(slot)
             self._drop_if_settled(slot)
@@ -301,6 +303,7 @@ class Batcher:
     def withdraw(self, slot: Slot, ticket: Ticket) -> None:
         """The ticket's answer is not wanted any more; a waiting batch of such tickets alone is dropped."""
         ticket.is_settled = True
+        slot.has_ballast = True
         self._drop_if_settled(slot)
 
     def drop_waiting(self) -> list[Ticket]:

@@ -75,6 +75,45 @@ class StringColumn:
         memory[to : to + len(heap)] = heap
 
 
+def read_rows(
+    regions: Sequence[InputRegion], memory: npt.NDArray[np.uint8], start: int, rows: int
+) -> list[bytes]:
+    """Copies of rows that lie in a slot, as payloads: the way back of `Column.write`.
+
+    Args:
+        regions: The slot's, in any order.
+        memory: The slot.
+        start: The first row.
+        rows: How many.
+    """
+    payloads = []
+    for region in regions:
+        if region.dtype == "string":
+            items = row_items(region.shape)
+            at = region.offset + 8 * start * items
+            ends = memory[at : at + 8 * (rows * items + 1)].view("<u8")
+            heap = memory[region.heap_offset + int(ends[0]) : region.heap_offset + int(ends[-1])]
+            payloads.append((ends - ends[0]).tobytes() + heap.tobytes())
+        else:
+            at = region.offset + start * region.row_bytes
+            payloads.append(memory[at : at + rows * region.row_bytes].tobytes())
+    return payloads
+
+
+def write_rows(
+    regions: Sequence[InputRegion],
+    memory: npt.NDArray[np.uint8],
+    at: int,
+    rows: int,
+    payloads: Sequence[bytes],
+) -> None:
+    """Put such copies into a slot, at row `at`; rows before it are those written last."""
+    for region, payload in zip(regions, payloads, strict=True):
+        column: Column | StringColumn
+        column = StringColumn(region, rows, payload) if region.dtype == "string" else Column(region, payload)
+        column.write(memory, at, 0, rows)
+
+
 def read_numeric(route: Route, rows: int, frames: Sequence[memoryview | bytes]) -> list[Column]:
     """As `read_columns`, for a route whose inputs are all numeric."""
     columns = read_columns(route, rows, frames)

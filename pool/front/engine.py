@@ -7,10 +7,11 @@ sinks. It has no sockets to clients: `pool.front.endpoint` is the one that has.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import inf
 from typing import Any
 
@@ -30,12 +31,13 @@ from pool.errors import (
 )
 from pool.front.awake import Awake, Event
 from pool.front.generation import Generation, Route
-from pool.front.replicas import Replicas, Worker
+from pool.front.replicas import End, Replicas, Worker
 from pool.front.replies import Sink
 from pool.front.slots import Slot, Ticket
 from pool.front.states import WorkerState
 from pool.front.status import read_status
 from pool.front.supervisor import Supervisor
+from pool.front.trials import Trials
 from pool.shm.doorbell import Message, Ring
 from pool.wire import PredictMeta
 
@@ -54,12 +56,14 @@ class ServedModel:
         batches: Batches run.
         rows: Rows of those.
         batch_sizes: Batches run, by rows.
+        trials: Its failed batches, which run again.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.generation: Generation | None = None
         self.replicas: Replicas | None = None
+        self.trials: Trials | None = None
         self.state = "loading"
         self.failure = ""
         self.batches = 0
@@ -93,6 +97,7 @@ class Engine:
         self._awake = Awake(self._loop, config.server.awake_us / 1e6)
         self._idle: asyncio.Event = asyncio.Event()
         self.is_draining = False
+        self._is_stopping = False
 
     # -- life ---------------------------------------------------------------------------------------
 
@@ -133,10 +138,13 @@ class Engine:
             model.name, config, self._config.server.start_timeout_s
         )
         generation = Generation(model.name, config, report)
-        model.replicas = Replicas(self._supervisor, generation, weights_fd, self)
-        model.generation = generation
+        replicas = Replicas(
+            self._supervisor, generation, weights_fd, self, self._config.server.start_timeout_s
+        )
+        model.replicas, model.generation = replicas, generation
+        model.trials = Trials(generation, replicas, self._refuse, functools.partial(self._run_trial, model))
         self._generations.append(generation)
-        await model.replicas.start()
+        await replicas.start()
         return generation
 
     async def drain(self, timeout_s: float) -> bool:
@@ -157,13 +165,15 @@ class Engine:
         return True
 
     async def stop(self) -> None:
-        """Answer what is left `Unavailable`, end the workers, give the memory back."""
-        self.is_draining = True
+        """Answer what is left `Unavailable`, end the workers, give the memory back; once."""
+        self.is_draining = self._is_stopping = True
         self.on_unserved()
         for generation in self._generations:
             for ticket in generation.batcher.drop_waiting():
-                ticket.sink.send_error(ticket, Unavailable("the server is stopping"))
+                ticket.sink.send_error(ticket, _stopping())
         for model in self.models.values():
+            if model.trials is not None:
+                model.trials.drop(_stopping())
             if model.replicas is not None:
                 await model.replicas.stop()
             model.state = "stopped"
@@ -194,7 +204,7 @@ class Engine:
         """
         model = self.models[self.known(name)]
         if self.is_draining:
-            raise Unavailable("the server is stopping")
+            raise _stopping()
         if model.state != "ready" or model.generation is None:
             raise Unavailable(f"model {name!r} is {model.state}" + (model.failure and f": {model.failure}"))
         if version is not None and version != model.generation.version:
@@ -227,10 +237,26 @@ class Engine:
     def _dispatch(self, generation: Generation, now: float) -> None:
         replicas = self.models[generation.model].replicas
         assert replicas is not None
-        for slot, index in generation.batcher.dispatch(now):
-            generation.arena.describe(slot.index, slot.tickets[0].route.layout)
-            replicas.run(replicas.workers[index], slot)
-            self._running += 1
+        for slot, id_ in generation.batcher.dispatch(now):
+            if slot.has_ballast:  # expired rows never start
+                live = [ticket for ticket in slot.tickets if not ticket.is_settled]
+                rows = [(ticket, generation.read_rows(slot, ticket)) for ticket in live]
+                generation.refill(slot, rows, slot.aside)
+            self._run(generation, replicas, slot, replicas.find(id_))
+
+    def _run(self, generation: Generation, replicas: Replicas, slot: Slot, worker: Worker) -> None:
+        tickets = slot.tickets or slot.aside
+        generation.arena.describe(slot.index, tickets[0].route.layout)
+        replicas.run(worker, slot)
+        self._running += 1
+
+    def _run_trial(self, model: ServedModel, slot: Slot, worker: Worker) -> None:
+        assert model.generation is not None
+        assert model.replicas is not None
+        now = time.monotonic()
+        model.generation.batcher.dispatch_to(slot, worker.id, now)
+        self._run(model.generation, model.replicas, slot, worker)
+        self._arm(model.generation, now)
 
     def _arm(self, generation: Generation, now: float) -> None:
         wakeup = generation.batcher.next_wakeup()
@@ -248,6 +274,10 @@ class Engine:
                 waited_ms = (now - ticket.received_at) * 1e3
                 late = DeadlineExceeded(f"no answer within the request's timeout; waited {waited_ms:.0f} ms")
                 ticket.sink.send_error(ticket, late)
+            for slot in generation.batcher.overdue(now):
+                replicas = self.models[generation.model].replicas
+                assert replicas is not None
+                replicas.interrupt(slot, generation.batcher.timeout_s)
             self._advance(generation, now)
         self._note_idle()
 
@@ -255,8 +285,20 @@ class Engine:
 
     def worker_ready(self, generation: Generation, worker: Worker) -> None:
         """A worker can take a batch."""
-        generation.batcher.worker_ready(worker.index)
+        if worker.role == "quarantine":
+            self._trials(generation).feed()
+            return
+        generation.batcher.worker_ready(worker.id)
         self._advance(generation, time.monotonic())
+
+    def worker_leaving(self, generation: Generation, worker: Worker) -> None:
+        """A worker takes no more batches."""
+        generation.batcher.worker_lost(worker.id)
+
+    def _trials(self, generation: Generation) -> Trials:
+        trials = self.models[generation.model].trials
+        assert trials is not None
+        return trials
 
     def worker_answered(self, generation: Generation, worker: Worker, message: Message) -> None:
         """A batch came back: first keep the worker busy, then send the answers."""
@@ -271,18 +313,34 @@ class Engine:
         assert replicas is not None
         replicas.finished(worker)
         self._running -= 1
-        batcher.worker_ready(worker.index)
+        if worker.state is WorkerState.READY and worker.role == "serving":
+            batcher.worker_ready(worker.id)
         self._awake.came(Event.ANSWER, now)
         self._dispatch(generation, now)
         self._count(generation, slot.rows)
         if message.kind == Ring.DONE:
             self._deliver(generation, slot, tickets)
+            if slot.trial is not None:
+                self._trials(generation).passed(slot)
+            if slot.pins == 0:
+                self._release(generation, slot)
         else:
             kind = TooLarge if message.kind == Ring.TOO_LARGE else ModelError
-            self._refuse(tickets, kind(message.text))
-        if slot.pins == 0:
-            self._release(generation, slot)
+            self._batch_raised(generation, slot, tickets, kind(message.text))
         self._advance(generation, now)
+
+    def _batch_raised(
+        self, generation: Generation, slot: Slot, tickets: list[Ticket], error: PoolError
+    ) -> None:
+        if slot.trial is None and (len(tickets) <= 1 or not generation.config.retry):
+            self._refuse(tickets, error)
+            self._release(generation, slot)
+            return
+        generation.batcher.hold(slot)
+        if slot.trial is None:
+            self._trials(generation).begin(slot, tickets, error, is_deadly=False)
+        else:
+            self._trials(generation).failed(slot, error, is_deadly=False, is_own_doing=True)
 
     def _deliver(self, generation: Generation, slot: Slot, tickets: list[Ticket]) -> None:
         # Most batches hold requests of one kind for one sink: one call then sends them all.
@@ -301,14 +359,19 @@ class Engine:
             sink.send_results(group, replies[route], slot)
 
     @staticmethod
-    def _refuse(tickets: list[Ticket], error: PoolError) -> None:
+    def _refuse(tickets: Iterable[Ticket], error: PoolError) -> None:
         for ticket in tickets:
             if not ticket.is_settled:
                 ticket.is_settled = True
                 ticket.sink.send_error(ticket, error)
 
     def _release(self, generation: Generation, slot: Slot) -> None:
-        generation.batcher.release(slot)
+        """Every answer has left a DONE slot: give it back, or go on with its trial."""
+        if slot.trial is not None:
+            generation.batcher.hold(slot)
+            self._trials(generation).advance(slot)
+        else:
+            generation.batcher.release(slot)
         if self.is_draining:
             self._note_idle()
 
@@ -329,17 +392,38 @@ class Engine:
         if slot.pins == 0 and generation in self._generations:
             self._release(generation, slot)
 
-    def worker_ended(self, generation: Generation, worker: Worker, slot: Slot | None, how: str) -> None:
+    def worker_ended(self, generation: Generation, worker: Worker, slot: Slot | None, end: End) -> None:
         """A worker's process is gone: nothing writes to its slot any more."""
-        generation.batcher.worker_lost(worker.index)
+        generation.batcher.worker_lost(worker.id)
         if slot is not None:
             self._running -= 1
-            rows = slot.rows
-            tickets = generation.batcher.reap(slot)
-            generation.batcher.release(slot)
-            self._refuse(tickets, WorkerLost(f"the worker running the batch of {rows} rows ended: {how}"))
-        self._give_up_if_failed(generation, how)
+            self._batch_lost(generation, slot, end)
+        trials = self._trials(generation)
+        if worker.role == "quarantine":
+            if worker.state is WorkerState.FAILED:
+                trials.give_up(end.how)
+        else:
+            self._give_up_if_failed(generation, end.how)
+        self._advance(generation, time.monotonic())
         self._note_idle()
+
+    def _batch_lost(self, generation: Generation, slot: Slot, end: End) -> None:
+        """The worker of a batch is gone: run its rows again, unless that is not allowed."""
+        tickets = generation.batcher.reap(slot)
+        lost = WorkerLost(f"the worker running the batch of {slot.rows} rows ended: {end.how}")
+        trials = self._trials(generation)
+        if self._is_stopping:
+            self._refuse(list(slot.everyone()), _stopping())
+            generation.batcher.release(slot)
+        elif slot.trial is not None:
+            trials.failed(slot, lost, is_deadly=True, is_own_doing=end.is_own_doing)
+        elif not tickets or not generation.config.retry:
+            self._refuse(tickets, lost)
+            generation.batcher.release(slot)
+        elif not end.is_own_doing and slot.runs == 1:
+            generation.batcher.requeue(slot)  # killed from outside: nobody is suspected yet
+        else:
+            trials.begin(slot, tickets, lost, is_deadly=True)
 
     def _give_up_if_failed(self, generation: Generation, how: str) -> None:
         """With its last worker given up, a model's waiting requests would wait for nobody."""
@@ -393,3 +477,7 @@ class Engine:
     async def status(self) -> dict[str, Any]:
         """The engine's part of the status document (`docs/operations.md`)."""
         return await read_status(self.models.values(), self._supervisor.zygotes.values())
+
+
+def _stopping() -> Unavailable:
+    return Unavailable("the server is stopping")

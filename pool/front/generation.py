@@ -22,10 +22,11 @@ from pool.errors import (
     TooLarge,
 )
 from pool.front.batcher import Batcher
-from pool.front.columns import read_columns, read_numeric
+from pool.front.columns import read_columns, read_numeric, read_rows, write_rows
+from pool.front.poison import PoisonMemory
 from pool.front.replies import Join, Reply
 from pool.front.sizing import plan_arena, row_bytes
-from pool.front.slots import LANE_BITS, LANES, Account, Ticket
+from pool.front.slots import LANE_BITS, LANES, Account, Slot, Ticket
 from pool.shm.arena import Arena, Layout, decode_outputs, plan_layout
 from pool.shm.control import LoadReport
 from pool.signature import Signature, TensorSpec, choose_signature
@@ -126,6 +127,7 @@ class Generation:
             config.priority_ageing_ms / 1e3,
             config.timeout_ms / 1e3 or inf,
         )
+        self.poison = PoisonMemory(config.poison_memory_s)
         self.accounts: dict[Any, Account] = {}  # by client
         self._layouts: dict[tuple[str, tuple[tuple[int, ...], ...]], Layout] = {}
         self._layouts_made = 0
@@ -374,6 +376,27 @@ class Generation:
             done += rows
             first = end
         return refused
+
+    def read_rows(self, slot: Slot, ticket: Ticket) -> list[bytes]:
+        """A copy of a ticket's rows, as payloads in the order of the layout."""
+        regions = ticket.route.layout.descriptor.inputs
+        return read_rows(regions, self.arena.slots[slot.index], ticket.start, ticket.rows)
+
+    def refill(
+        self, slot: Slot, tickets: Sequence[tuple[Ticket, list[bytes]]], aside: Sequence[Ticket]
+    ) -> None:
+        """Have a slot hold the rows of some of its tickets and no others (`Batcher.refill`).
+
+        Args:
+            slot: The front's.
+            tickets: Who runs now, with their rows as `read_rows` gave them.
+            aside: Who runs later.
+        """
+        self.batcher.refill(slot, [ticket for ticket, _ in tickets], aside)
+        memory = self.arena.slots[slot.index]
+        for ticket, payloads in tickets:
+            regions = ticket.route.layout.descriptor.inputs
+            write_rows(regions, memory, ticket.start, ticket.rows, payloads)
 
     def _unplace(self, join: Join | None) -> None:
         if join is not None:

@@ -1,41 +1,56 @@
-"""The workers of one generation: started, heard, started again when they die. Runs in the front.
+"""The workers of one generation: started, heard, replaced, started again when they die. Runs in the front.
 
 `Replicas` decides nothing about batches: it tells the engine, its `Listener`, what happened.
+
+Besides the places that the config asks for there may be, for a while: a *successor*, which takes over a
+place when it is ready (its worker has grown too large, or old); a *retiring* worker, which leaves after the
+batch it runs; and the *quarantine* worker, which runs what may kill it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import random
+import signal
 import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 from pool.config import ModelConfig, Placement
 from pool.errors import ModelLoadError, PoolError, Unavailable
 from pool.front.generation import Generation
+from pool.front.last_words import LastWords
 from pool.front.slots import Slot
 from pool.front.states import WorkerEvent, WorkerState, next_worker_state
 from pool.front.supervisor import Supervisor, place_worker
-from pool.front.zygotes import Child, describe_exit
+from pool.front.zygotes import UNKNOWN_EXIT, Child, describe_exit
 from pool.shm import control, doorbell
 from pool.shm.doorbell import Message, Ring
 from pool.signature import Signature
 
 log = logging.getLogger("pool.replicas")
 
-# A worker that dies this many times in a row without finishing one batch is given up: it cannot serve,
-# and starting it for ever only burns the cores of those that can.
+# A worker that dies this many times in a row before it was ready is given up: it cannot serve, and
+# starting it for ever only burns the cores of those that can. Deaths in a batch do not count: the worker
+# had just run a sample batch well.
 CRASH_LOOP_LIMIT = 5
 _STABLE_S = 10.0  # ready for this long, it was no failed start, however little work there was
 _BACKOFF_FIRST_S = 0.1
 _BACKOFF_MOST_S = 10.0
 # Workers leave within milliseconds of being asked; one that does not is stuck in native code.
 _STOP_GRACE_S = 2.0
+# Between asking an overdue worker where it is and killing it: to write a traceback takes milliseconds.
+_TRACEBACK_GRACE_S = 0.25
+# The quarantine worker stays this long for the next batch that fails: to start one takes a second.
+_QUARANTINE_LINGER_S = 10.0
+_MEMORY_CHECK_S = 1.0
+# Signals that come from outside (somebody, or the kernel short of memory), not from what a batch did.
+_FOREIGN_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def backoff_s(failures: int, jitter: float) -> float:
@@ -49,41 +64,63 @@ def backoff_s(failures: int, jitter: float) -> float:
     """
     if failures <= 1:
         return 0.0
-    return float(min(_BACKOFF_MOST_S, _BACKOFF_FIRST_S * 2.0 ** (failures - 2))) * (0.5 + 0.5 * jitter)
+    # The exponent is bounded as a float's is.
+    return min(_BACKOFF_MOST_S, _BACKOFF_FIRST_S * 2.0 ** min(failures - 2, 64)) * (0.5 + 0.5 * jitter)
+
+
+class End(NamedTuple):
+    """How a worker's process ended.
+
+    Attributes:
+        how: `killed by SIGSEGV`, `exit code 3`, or a sentence.
+        is_own_doing: Whether what it ran can be the cause: it was not killed from outside.
+    """
+
+    how: str
+    is_own_doing: bool
 
 
 class Worker:
     """One worker process, and the one that takes its place when it dies.
 
     Attributes:
+        id: Unique within the generation.
         index: Its number within the model.
+        role: `serving`, `successor`, `retiring` or `quarantine`.
         state: See `pool.front.states`.
         device: What it is pinned to, as configured; empty for anywhere.
         slot: The slot it runs, if any.
         batches: Batches finished, by all processes that held this place.
         rows: Rows of those batches.
+        batches_now: Batches finished by the present process.
         restarts: Times a process was started to replace one that ended.
         failures: Deaths in a row without a finished batch or a while of being ready in between.
         started_at: When the present process was asked for (monotonic).
         ready_s: How long the present process took from fork to READY.
         last_error: Why the last process ended, or would not start.
+        overdue: Why the present process was killed by its front; empty if it was not.
     """
 
-    def __init__(self, index: int, device: str, placed: Placement) -> None:
+    def __init__(self, id_: int, index: int, role: str, device: str, placed: Placement) -> None:
+        self.id = id_
         self.index = index
+        self.role = role
         self.device = device
         self.placement = placed
         self.state = WorkerState.STARTING
         self.child: Child | None = None
         self.bell: socket.socket | None = None
+        self.words: LastWords | None = None
         self.slot: Slot | None = None
         self.batches = 0
         self.rows = 0
+        self.batches_now = 0
         self.restarts = 0
         self.failures = 0
         self.started_at = 0.0
         self.ready_s: float | None = None
         self.last_error = ""
+        self.overdue = ""
 
     @property
     def pid(self) -> int | None:
@@ -106,7 +143,10 @@ class Listener(Protocol):
     def worker_answered(self, generation: Generation, worker: Worker, message: Message) -> None:
         """It rang back."""
 
-    def worker_ended(self, generation: Generation, worker: Worker, slot: Slot | None, how: str) -> None:
+    def worker_leaving(self, generation: Generation, worker: Worker) -> None:
+        """It takes no more batches."""
+
+    def worker_ended(self, generation: Generation, worker: Worker, slot: Slot | None, end: End) -> None:
         """Its process is gone and waited for; `slot` is what it was running."""
 
 
@@ -118,24 +158,51 @@ class Replicas:
         generation: What they serve.
         weights_fd: The shared weights' memfd, or None; owned from now on.
         listener: Told what happens.
+        start_timeout_s: Longest a worker may take to be ready.
+
+    Attributes:
+        workers: Those that serve, by index.
+        quarantine: The worker for what may kill it, while there is one.
+        recycled: Workers replaced because of their size or age.
     """
 
     def __init__(
-        self, supervisor: Supervisor, generation: Generation, weights_fd: int | None, listener: Listener
+        self,
+        supervisor: Supervisor,
+        generation: Generation,
+        weights_fd: int | None,
+        listener: Listener,
+        start_timeout_s: float,
     ) -> None:
         self._supervisor = supervisor
         self._generation = generation
         self._weights_fd = weights_fd
         self._listener = listener
+        self._start_timeout_s = start_timeout_s
         self._loop = asyncio.get_running_loop()
-        self._ends: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._all_ready: asyncio.Future[None] = self._loop.create_future()
         self._is_stopping = False
-        config = generation.config
+        self._ids = itertools.count()
+        self._by_id: dict[int, Worker] = {}
+        self._successors: dict[int, Worker] = {}  # by index
+        self._linger: asyncio.TimerHandle | None = None
+        self._memory_timer: asyncio.TimerHandle | None = None
+        self.quarantine: Worker | None = None
+        self.recycled = 0
+        self.workers = [self._make(i, "serving") for i in range(generation.config.workers)]
+
+    def _make(self, index: int, role: str) -> Worker:
+        config = self._generation.config
         devices: Sequence[str] = config.devices or ("",)
-        self.workers = [
-            Worker(i, devices[i % len(devices)], place_worker(config, i)) for i in range(config.workers)
-        ]
+        placed = place_worker(config, index)
+        worker = Worker(next(self._ids), index, role, devices[index % len(devices)], placed)
+        self._by_id[worker.id] = worker
+        return worker
+
+    def find(self, id_: int) -> Worker:
+        """The worker with that id."""
+        return self._by_id[id_]
 
     async def start(self) -> None:
         """Start all workers and wait until each has said READY.
@@ -146,53 +213,87 @@ class Replicas:
         for worker in self.workers:
             await self._start(worker)
         await self._all_ready
+        if self._generation.config.max_worker_memory_mb is not None:
+            self._check_memory()
+
+    # -- a process's life ---------------------------------------------------------------------------
 
     async def _start(self, worker: Worker) -> None:
-        generation, config = self._generation, self._generation.config
-        recipes = generation.report.recipes
         worker.started_at = time.monotonic()
         worker.ready_s = None
-        bell, its_bell = doorbell.make_pair()
-        order_fd = control.write_order(
-            control.WorkerOrder(
-                model=generation.model,
-                index=worker.index,
-                backend=config.backend,
-                path=generation.report.path,
-                weights=generation.report.weights,
-                placement=worker.placement,
-                slots=len(generation.arena.slots),
-                slot_bytes=generation.arena.slot_bytes,
-                allowed_batch_sizes=config.allowed_batch_sizes,
-                awake_s=config.awake_us / 1e6,
-                warm_up=tuple(
-                    control.WarmUp(signature, recipes[name], warm_up_rows(signature, config))
-                    for name, signature in generation.signatures.items()
-                    if name in recipes  # the others raise on whatever is generated
-                ),
-            )
-        )
-        fds = [order_fd, self._supervisor.lifeline.read_fd, its_bell.fileno(), generation.arena.fd]
-        if self._weights_fd is not None:
-            fds.append(self._weights_fd)
+        worker.overdue = ""
+        worker.batches_now = 0
         try:
-            zygote = await self._supervisor.zygote(config.backend)
-            if self._is_stopping:  # meanwhile
-                raise Unavailable("the server is stopping")
-            worker.child = zygote.fork("worker", fds)
-        except PoolError as e:
-            bell.close()
-            worker.last_error = e.message
-            self._after_end(worker, None, e.message)
+            bell, child, words = await self._fork(worker)
+        except (PoolError, OSError) as e:
+            reason = e.message if isinstance(e, PoolError) else f"cannot start a worker: {e.strerror}"
+            self._after_end(worker, None, End(reason, False), [])
             return
-        finally:
-            its_bell.close()
-            os.close(order_fd)
-        worker.bell = bell
+        worker.bell, worker.child, worker.words = bell, child, words
         self._loop.add_reader(bell.fileno(), self._hear, worker, bell)
-        task = self._loop.create_task(self._await_end(worker, worker.child))
-        self._ends.add(task)
-        task.add_done_callback(self._ends.discard)
+        self._loop.call_later(self._start_timeout_s, self._check_started, worker, child)
+        self._spawn(self._await_end(worker, child))
+
+    async def _fork(self, worker: Worker) -> tuple[socket.socket, Child, LastWords]:
+        """A worker process, about to load the model.
+
+        Raises:
+            PoolError: the zygote is not there, or refuses.
+            OSError: out of file descriptors or memory.
+        """
+        generation, config = self._generation, self._generation.config
+        zygote = await self._supervisor.zygote(config.backend)
+        if self._is_stopping:  # meanwhile
+            raise Unavailable("the server is stopping")
+        order_fd = control.write_order(self._order(worker))
+        try:
+            words = LastWords(self._loop)
+            try:
+                bell, its_bell = doorbell.make_pair()
+                with its_bell:
+                    fds = [order_fd, self._supervisor.lifeline.read_fd, words.write_fd, its_bell.fileno()]
+                    fds.append(generation.arena.fd)
+                    if self._weights_fd is not None:
+                        fds.append(self._weights_fd)
+                    try:
+                        child = zygote.fork("worker", fds)
+                    except PoolError:
+                        bell.close()
+                        raise
+            except (PoolError, OSError):
+                words.close()
+                raise
+            finally:
+                words.handed_over()
+        finally:
+            os.close(order_fd)
+        return bell, child, words
+
+    def _order(self, worker: Worker) -> control.WorkerOrder:
+        generation, config = self._generation, self._generation.config
+        recipes = generation.report.recipes
+        return control.WorkerOrder(
+            model=generation.model,
+            index=worker.index,
+            backend=config.backend,
+            path=generation.report.path,
+            weights=generation.report.weights,
+            placement=worker.placement,
+            slots=len(generation.arena.slots),
+            slot_bytes=generation.arena.slot_bytes,
+            allowed_batch_sizes=config.allowed_batch_sizes,
+            awake_s=config.awake_us / 1e6,
+            warm_up=tuple(
+                control.WarmUp(signature, recipes[name], warm_up_rows(signature, config))
+                for name, signature in generation.signatures.items()
+                if name in recipes  # the others raise on whatever is generated
+            ),
+        )
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _hear(self, worker: Worker, bell: socket.socket) -> None:
         while True:
@@ -214,65 +315,110 @@ class Replicas:
     def _is_ready(self, worker: Worker) -> None:
         worker.ready_s = time.monotonic() - worker.started_at
         log.info(
-            "worker ready model=%s worker=%d pid=%d took_s=%.3f",
-            self._generation.model, worker.index, worker.pid or 0, worker.ready_s,
+            "worker ready model=%s worker=%d role=%s pid=%d took_s=%.3f",
+            self._generation.model, worker.index, worker.role, worker.pid or 0, worker.ready_s,
         )  # fmt: skip
-        if worker.state is WorkerState.STARTING:
-            worker.move(WorkerEvent.LOAD)
-            self._listener.worker_ready(self._generation, worker)
+        if worker.state is not WorkerState.STARTING:
+            return
+        worker.move(WorkerEvent.LOAD)
+        if worker.role == "successor":
+            self._succeed(worker)
+        self._listener.worker_ready(self._generation, worker)
         started = (WorkerState.READY, WorkerState.BUSY)
         if not self._all_ready.done() and all(w.state in started for w in self.workers):
             self._all_ready.set_result(None)
 
+    def _check_started(self, worker: Worker, child: Child) -> None:
+        if worker.child is child and worker.state is WorkerState.STARTING and not child.ended.done():
+            self._kill(worker, f"it was not ready within start_timeout_s = {self._start_timeout_s:g}")
+
+    def _kill(self, worker: Worker, reason: str) -> None:
+        """Have a worker write where it is to the log, then kill it."""
+        child = worker.child
+        assert child is not None
+        worker.overdue = reason
+        child.send(control.TRACEBACK_SIGNAL)
+        self._loop.call_later(_TRACEBACK_GRACE_S, child.kill)
+
+    def interrupt(self, slot: Slot, timeout_s: float) -> None:
+        """The batch in this slot has run for too long: kill its worker."""
+        assert slot.worker is not None
+        worker = self._by_id[slot.worker]
+        if worker.slot is slot:  # else its end is about to be told
+            self._kill(worker, f"no answer for its batch within timeout_ms = {timeout_s * 1e3:g}")
+
     async def _await_end(self, worker: Worker, child: Child) -> None:
         code = await child.ended
-        how = child.refusal or describe_exit(code)
-        bell = worker.bell
-        if bell is not None:
-            self._hear(worker, bell)  # what it rang before it died counts
-            self._loop.remove_reader(bell.fileno())
-            bell.close()
+        if worker.bell is not None:
+            self._hear(worker, worker.bell)  # what it rang before it died counts
+            self._loop.remove_reader(worker.bell.fileno())
+            worker.bell.close()
             worker.bell = None
-        self._after_end(worker, child, how)
+        assert worker.words is not None
+        lines = worker.words.close()
+        worker.words = None
+        if worker.overdue:
+            end = End(f"killed: {worker.overdue}", True)
+        elif child.refusal:
+            end = End(child.refusal, False)
+        else:
+            end = End(describe_exit(code), code != UNKNOWN_EXIT and -code not in _FOREIGN_SIGNALS)
+        self._after_end(worker, child, end, lines)
 
-    def _after_end(self, worker: Worker, child: Child | None, how: str) -> None:
+    def _after_end(self, worker: Worker, child: Child | None, end: End, lines: Sequence[str]) -> None:
         slot, worker.slot = worker.slot, None
-        if worker.state is WorkerState.DRAINING:
+        died_in = worker.state
+        if died_in is WorkerState.DRAINING:
             worker.move(WorkerEvent.STOP)
-            self._listener.worker_ended(self._generation, worker, slot, how)
+            self._forget(worker)
+            self._listener.worker_ended(self._generation, worker, slot, end)
             return
         if worker.ready_s is not None and time.monotonic() - worker.started_at > worker.ready_s + _STABLE_S:
             worker.failures = 0
         worker.failures += 1
-        if worker.failures < CRASH_LOOP_LIMIT:
-            worker.last_error = how
-            worker.move(WorkerEvent.EXIT)
-            pause = backoff_s(worker.failures, random.random())
-            self._loop.call_later(pause, self._retry, worker)
-            after = f"restart_in_s={pause:.2f}"
-        else:
-            worker.last_error = worker.last_error or how
+        # A machine that is out of processes or descriptors for a while is no reason to give up for ever.
+        is_hopeless = child is not None and not child.refusal and died_in is not WorkerState.BUSY
+        if worker.failures >= CRASH_LOOP_LIMIT and is_hopeless:
+            worker.last_error = worker.last_error or end.how
             worker.move(WorkerEvent.GIVE_UP)
             after = "given up"
             if not self._all_ready.done():
                 self._all_ready.set_exception(
                     ModelLoadError(f"model {self._generation.model!r}: worker: {worker.last_error}")
                 )
+        else:
+            worker.last_error = end.how
+            worker.move(WorkerEvent.EXIT)
+            pause = backoff_s(worker.failures, random.random())
+            self._loop.call_later(pause, self._retry, worker)
+            after = f"restart_in_s={pause:.2f}"
         log.error(
-            "worker lost model=%s worker=%d pid=%s how=%s batch_rows=%d %s",
-            self._generation.model, worker.index, child.pid if child else None, how,
-            slot.rows if slot else 0, after,
+            "worker lost model=%s worker=%d role=%s pid=%s how=%r batch_rows=%d %s%s",
+            self._generation.model, worker.index, worker.role, child.pid if child else None, end.how,
+            slot.rows if slot else 0, after, "".join(f"\n    {line}" for line in lines),
         )  # fmt: skip
-        self._listener.worker_ended(self._generation, worker, slot, how)
+        self._listener.worker_ended(self._generation, worker, slot, end)
+        if worker.state is WorkerState.FAILED:
+            self._forget(worker)
+
+    def _forget(self, worker: Worker) -> None:
+        """A worker beside the places of the config is gone for good."""
+        if worker.role == "serving":
+            return
+        del self._by_id[worker.id]
+        if self._successors.get(worker.index) is worker:
+            del self._successors[worker.index]
+        if self.quarantine is worker:
+            self.quarantine = None
 
     def _retry(self, worker: Worker) -> None:
         if self._is_stopping or worker.state is not WorkerState.BACKOFF:
             return
         worker.move(WorkerEvent.RETRY)
         worker.restarts += 1
-        task = self._loop.create_task(self._start(worker))
-        self._ends.add(task)
-        task.add_done_callback(self._ends.discard)
+        self._spawn(self._start(worker))
+
+    # -- batches ------------------------------------------------------------------------------------
 
     def run(self, worker: Worker, slot: Slot) -> None:
         """Ring a READY worker's doorbell: `slot` is its now."""
@@ -287,41 +433,127 @@ class Replicas:
             log.warning("doorbell of worker %d does not ring: %s", worker.index, e.strerror)
 
     def finished(self, worker: Worker) -> None:
-        """The worker answered for its slot and can take another."""
+        """The worker answered for its slot; it can take another if it is READY now."""
         assert worker.slot is not None
         worker.move(WorkerEvent.FINISH)
         worker.batches += 1
+        worker.batches_now += 1
         worker.rows += worker.slot.rows
         worker.failures = 0
         worker.slot = None
+        most = self._generation.config.max_batches_per_worker
+        if most is not None and worker.batches_now >= most and worker.role == "serving":
+            self.replace(worker, f"it has run {worker.batches_now} batches")
+
+    # -- replacing ----------------------------------------------------------------------------------
+
+    def replace(self, worker: Worker, reason: str) -> None:
+        """Start a successor for a serving worker, which leaves when that is ready."""
+        if worker.index in self._successors or self._is_stopping:
+            return
+        log.info(
+            "worker to be replaced model=%s worker=%d pid=%s reason=%r",
+            self._generation.model, worker.index, worker.pid, reason,
+        )  # fmt: skip
+        successor = self._successors[worker.index] = self._make(worker.index, "successor")
+        self._spawn(self._start(successor))
+
+    def _succeed(self, successor: Worker) -> None:
+        old = self.workers[successor.index]
+        del self._successors[successor.index]
+        successor.role, old.role = "serving", "retiring"
+        successor.batches, successor.rows = old.batches, old.rows
+        successor.restarts, successor.last_error = old.restarts + 1, old.last_error
+        self.workers[successor.index] = successor
+        self.recycled += 1
+        self._let_go(old)
+
+    def _let_go(self, worker: Worker) -> None:
+        """Have a worker leave after the batch it runs."""
+        self._listener.worker_leaving(self._generation, worker)
+        if worker.state is WorkerState.BACKOFF:
+            worker.move(WorkerEvent.STOP)
+        elif worker.state in (WorkerState.STARTING, WorkerState.READY, WorkerState.BUSY):
+            if worker.state is WorkerState.STARTING and worker.child is not None:
+                worker.child.kill()  # it does not listen yet
+            worker.move(WorkerEvent.DRAIN)
+            if worker.bell is not None:
+                with suppress(OSError):  # it is gone already
+                    doorbell.ring(worker.bell, Message(Ring.DRAIN))
+        if worker.state in (WorkerState.STOPPED, WorkerState.FAILED):
+            self._forget(worker)
+
+    def _check_memory(self) -> None:
+        most = self._generation.config.max_worker_memory_mb
+        assert most is not None
+        self._memory_timer = self._loop.call_later(_MEMORY_CHECK_S, self._check_memory)
+        for worker in self.workers:
+            if worker.pid is not None and worker.state in (WorkerState.READY, WorkerState.BUSY):
+                private_mb = private_bytes(worker.pid) / (1 << 20)
+                if private_mb > most:
+                    self.replace(worker, f"{private_mb:.0f} MiB of private memory; at most {most} wanted")
+
+    # -- quarantine ---------------------------------------------------------------------------------
+
+    def call_quarantine(self) -> Worker:
+        """The quarantine worker, started if there is none; `worker_ready` tells when it can take a batch."""
+        if self._linger is not None:
+            self._linger.cancel()
+            self._linger = None
+        if self.quarantine is None:
+            self.quarantine = self._make(len(self.workers), "quarantine")
+            self._spawn(self._start(self.quarantine))
+        return self.quarantine
+
+    def dismiss_quarantine(self) -> None:
+        """Nothing waits for the quarantine worker: it leaves unless it is called again soon."""
+        if self.quarantine is not None and self._linger is None:
+            self._linger = self._loop.call_later(_QUARANTINE_LINGER_S, self._end_quarantine)
+
+    def _end_quarantine(self) -> None:
+        self._linger = None
+        if self.quarantine is not None:
+            worker, self.quarantine = self.quarantine, None
+            self._let_go(worker)
+
+    # -- the end ------------------------------------------------------------------------------------
 
     async def stop(self) -> None:
         """Let the workers go: each leaves after the batch it runs; those that do not are killed."""
         self._is_stopping = True
-        ending = []
-        for worker in self.workers:
-            if worker.state is WorkerState.BACKOFF:
-                worker.move(WorkerEvent.STOP)
-            elif worker.state in (WorkerState.STARTING, WorkerState.READY, WorkerState.BUSY):
-                if worker.state is WorkerState.STARTING and worker.child is not None:
-                    worker.child.kill()  # it does not listen yet
-                worker.move(WorkerEvent.DRAIN)
-            if worker.bell is not None and worker.state is WorkerState.DRAINING:
-                with suppress(OSError):  # it is gone already
-                    doorbell.ring(worker.bell, Message(Ring.DRAIN))
-            if worker.child is not None and not worker.child.ended.done():
-                ending.append(worker.child)
+        for timer in (self._linger, self._memory_timer):
+            if timer is not None:
+                timer.cancel()
+        everyone = list(self._by_id.values())
+        for worker in everyone:
+            self._let_go(worker)
+        ending = [w.child for w in everyone if w.child is not None and not w.child.ended.done()]
         if ending:
             waits = [child.ended for child in ending]
             await asyncio.wait(waits, timeout=_STOP_GRACE_S)
             for child in ending:
                 child.kill()
             await asyncio.wait(waits)
-        if self._ends:
-            await asyncio.wait(self._ends)
+        while self._tasks:
+            await asyncio.wait(self._tasks)
         if self._weights_fd is not None:
             os.close(self._weights_fd)
             self._weights_fd = None
+
+
+def private_bytes(pid: int) -> int:
+    """Memory that would be free if the process ended, without what it has in files; 0 if it is gone.
+
+    RssAnon of proc(5): a look of microseconds, where USS takes the kernel milliseconds.
+    """
+    try:
+        with open(f"/proc/{pid}/status") as f:
+            for line in f:
+                if line.startswith("RssAnon:"):
+                    return int(line.split()[1]) << 10
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return 0
 
 
 def warm_up_rows(signature: Signature, config: ModelConfig) -> tuple[int, ...]:

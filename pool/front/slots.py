@@ -101,8 +101,9 @@ class Slot:
         generation: Counts dispatches: a stale answer carries an old number.
         pins: The shell's count of answers that still read the slot's bytes.
         runs: How often these rows were dispatched.
-        inquest: The shell's note on a batch that failed.
+        trial: The shell's note on a batch that failed.
         is_overdue: Whether its worker took too long and was given up.
+        has_ballast: Whether a ticket was settled before it ran: its rows need not run.
     """
 
     __slots__ = (
@@ -111,8 +112,8 @@ class Slot:
         "dispatched_at",
         "earliest_deadline",
         "generation",
+        "has_ballast",
         "index",
-        "inquest",
         "is_overdue",
         "key",
         "opened_at",
@@ -121,6 +122,7 @@ class Slot:
         "runs",
         "state",
         "tickets",
+        "trial",
         "worker",
     )
 
@@ -142,8 +144,9 @@ class Slot:
         self.worker: int | None = None
         self.pins = 0
         self.runs = 0
-        self.inquest: Any = None
+        self.trial: Any = None
         self.is_overdue = False
+        self.has_ballast = False
 
     @property
     def priority(self) -> int:

@@ -6,7 +6,9 @@ Runs in the front, on its event loop. `pool.shm.control` is the protocol.
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
+import logging
 import os
 import signal
 import socket
@@ -18,7 +20,14 @@ from contextlib import suppress
 from pool.errors import ModelLoadError, Unavailable
 from pool.shm import control
 
+log = logging.getLogger("pool.zygotes")
+
 UNKNOWN_EXIT = -256  # the zygote died before it could tell how its child ended; no signal has this number
+
+# A zygote reports the end of a child, and forks, within milliseconds. One that does neither for so long is
+# hung or stopped; its workers are worth more than its life.
+_REPORT_GRACE_S = 1.0
+_FORK_GRACE_S = 5.0
 
 
 def describe_exit(code: int) -> str:
@@ -55,6 +64,9 @@ class Child:
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._pidfd: int | None = None
+        self.on_gone: Callable[[], None] = lambda: None
         self.pid: int | None = None
         self.exit_code: int | None = None
         self.refusal = ""
@@ -64,15 +76,50 @@ class Child:
     def kill(self) -> None:
         """Send SIGKILL, if it is still there; as soon as it is, if it is not yet."""
         self._is_unwanted = True
+        self.send(signal.SIGKILL)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal, if it is still there."""
         if self.pid is not None and not self.ended.done():
             with suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+                os.kill(self.pid, number)
 
     def started(self, pid: int) -> None:
-        """The zygote has forked it."""
+        """The zygote has forked it: `on_gone` is called when the process is gone, reported or not."""
         self.pid = pid
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:  # and the report of that is on its way
+            return
+        except OSError as e:  # out of descriptors: a child that cannot be watched is not kept
+            self.refusal = f"cannot be watched: {e.strerror}"
+            self.kill()
+            return
+        self._loop.add_reader(self._pidfd, self._gone)
         if self._is_unwanted:
             self.kill()
+
+    def _gone(self) -> None:
+        self._unwatch()
+        self.on_gone()
+
+    def _unwatch(self) -> None:
+        if self._pidfd is not None:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = None
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether `on_gone` is still to come."""
+        return self._pidfd is not None
+
+    def end(self, code: int) -> None:
+        """It is certain that it is gone."""
+        self._unwatch()
+        if not self.ended.done():
+            self.exit_code = code
+            self.ended.set_result(code)
 
 
 class Zygote:
@@ -137,7 +184,27 @@ class Zygote:
         except OSError as e:
             raise Unavailable(f"the {self.backend} zygote takes no requests: {e.strerror}") from None
         child = self._children[token] = Child(self._loop)
+        child.on_gone = lambda: self._await_report(child)
+        self._loop.call_later(_FORK_GRACE_S, self._check_forked, child)
         return child
+
+    def _await_report(self, child: Child) -> None:
+        """A child is gone; the zygote, which waits for it, says how it ended in a moment."""
+        self._loop.call_later(_REPORT_GRACE_S, self._check_reported, child)
+
+    def _check_reported(self, child: Child) -> None:
+        if not child.ended.done():
+            self._give_up(f"no word of the end of process {child.pid}")
+
+    def _check_forked(self, child: Child) -> None:
+        if child.pid is None and not child.ended.done():
+            self._give_up("a fork it was asked for has not come")
+
+    def _give_up(self, reason: str) -> None:
+        """The process is hung or stopped: another takes its place."""
+        if self._sock is not None and self._process is not None:
+            log.error("zygote hangs backend=%s pid=%d reason=%s", self.backend, self._process.pid, reason)
+            self._process.kill()
 
     async def stop(self) -> None:
         """Close the control socket: the zygote kills what children it still has, and leaves."""
@@ -180,15 +247,9 @@ class Zygote:
             case control.ForkFailed(token, reason):
                 child = self._children.pop(token)
                 child.refusal = f"cannot fork: {reason}"
-                self._end(child, UNKNOWN_EXIT)
+                child.end(UNKNOWN_EXIT)
             case control.Exited(token, _, code):
-                self._end(self._children.pop(token), code)
-
-    @staticmethod
-    def _end(child: Child, code: int) -> None:
-        if not child.ended.done():
-            child.exit_code = code
-            child.ended.set_result(code)
+                self._children.pop(token).end(code)
 
     def _lost(self) -> None:
         self._disconnect()
@@ -203,24 +264,10 @@ class Zygote:
         # is gone, and with it its claim on a slot.
         orphans, self._children = self._children, {}
         for child in orphans.values():
-            self._watch_orphan(child)
+            child.on_gone = functools.partial(child.end, UNKNOWN_EXIT)
+            if not child.is_watched:  # it is gone, or never was
+                child.end(UNKNOWN_EXIT)
         self._on_lost(self, how)
-
-    def _watch_orphan(self, child: Child) -> None:
-        try:
-            pidfd = os.pidfd_open(child.pid) if child.pid is not None else None
-        except ProcessLookupError:
-            pidfd = None
-        if pidfd is None:
-            self._end(child, UNKNOWN_EXIT)
-            return
-
-        def gone() -> None:
-            self._loop.remove_reader(pidfd)
-            os.close(pidfd)
-            self._end(child, UNKNOWN_EXIT)
-
-        self._loop.add_reader(pidfd, gone)
 
 
 def zygote_environment() -> dict[str, str]:

@@ -11,7 +11,7 @@ SCM_RIGHTS. Orders can be long (every weight has a name), so they travel in a me
 Descriptors of a Fork, in order:
 
     loader   order, lifeline, report (write end of a pipe), weights (empty memfd)
-    worker   order, lifeline, doorbell, arena, weights (only when shared)
+    worker   order, lifeline, stderr (write end of a pipe), doorbell, arena, weights (only when shared)
 
 The *lifeline* is the read end of a pipe whose only write end the front holds: it reads end of file
 when the front is gone, however it went.
@@ -20,6 +20,7 @@ when the front is gone, however it went.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from typing import TypeVar
 
@@ -143,6 +144,9 @@ class WorkerOrder(msgspec.Struct, frozen=True):
 
 
 PACKET_MAX_BYTES = 65_536
+
+# Has a worker write where it is to its standard error.
+TRACEBACK_SIGNAL = signal.SIGUSR1
 _FORK_FDS_MAX = 8
 
 _encode = msgspec.msgpack.Encoder().encode

@@ -12,6 +12,7 @@ Started by the front as `python -m pool.worker.zygote CONTROL_FD LIFELINE_FD BAC
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import gc
 import os
 import re
@@ -130,6 +131,10 @@ def _play(role: str, fds: list[int]) -> None:
             run_loader(control.read_order(order_fd, control.LoaderOrder), *rest)
             code = 0
         else:
+            stderr_fd, *rest = rest
+            os.dup2(stderr_fd, 2)
+            os.close(stderr_fd)
+            _tell_where_it_dies()
             order = control.read_order(order_fd, control.WorkerOrder)
             name_process(f"pool-{order.index}-{order.model}")
             code = run_worker(order, *rest)
@@ -139,6 +144,15 @@ def _play(role: str, fds: list[int]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # skips atexit: frameworks hang in theirs after a fork
+
+
+def _tell_where_it_dies() -> None:
+    """Write every thread's Python stack to standard error on a fatal signal, and when the front asks.
+
+    The handlers are C code that takes no lock: they answer from inside an endless loop or native code too.
+    """
+    faulthandler.enable()
+    faulthandler.register(control.TRACEBACK_SIGNAL)
 
 
 def _die_with_front(lifeline_fd: int) -> None:
