@@ -102,4 +102,4 @@ def find_backend(name: str) -> Backend:
     return cast(Backend, importlib.import_module(f"pool.backends.{name}"))
 
 
-BACKENDS: tuple[str, ...] = ("tensorflow",)
+BACKENDS: tuple[str, ...] = ("tensorflow", "drill")

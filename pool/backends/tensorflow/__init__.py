@@ -14,6 +14,7 @@ import os
 from collections.abc import Sequence
 
 from pool.backends import Array, Model
+from pool.backends.pinning import pin
 from pool.backends.tensorflow import location
 from pool.config import Placement
 from pool.errors import ModelLoadError
@@ -44,12 +45,7 @@ def prepare(placement: Placement) -> None:
     Raises:
         ModelLoadError: a core or the GPU asked for is not there.
     """
-    if placement.cores:
-        try:
-            os.sched_setaffinity(0, placement.cores)
-        except OSError:
-            there = sorted(os.sched_getaffinity(0))
-            raise ModelLoadError(f"cores {list(placement.cores)} are not all there; got {there}") from None
+    pin(placement)
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1" if placement.gpu is None else str(placement.gpu)
     import tensorflow as tf
 
