@@ -18,6 +18,7 @@ from pool.shm.control import LoadReport
 
 if TYPE_CHECKING:
     from pool.front.engine import ServedModel
+    from pool.front.replicas import Worker
 
 Usage = dict[str, Any]
 
@@ -32,6 +33,8 @@ async def read_status(models: Iterable[ServedModel], zygotes: Iterable[Zygote]) 
     for model in models:
         if model.replicas is not None:
             pids += [worker.pid for worker in model.replicas.workers]
+            if model.replicas.quarantine is not None:
+                pids.append(model.replicas.quarantine.pid)
     known = [pid for pid in pids if pid is not None]
     usage = await asyncio.get_running_loop().run_in_executor(None, measure_processes, known)
     return {
@@ -56,21 +59,28 @@ def _model_status(model: ServedModel, usage: dict[int, Usage]) -> dict[str, Any]
         document["max_batch_size"] = generation.config.max_batch_size
         document["queue_rows"] = generation.batcher.queue_rows
     if replicas is not None:
-        document["workers"] = [
-            {
-                "index": worker.index,
-                "state": worker.state.value,
-                "device": worker.device,
-                "batches": worker.batches,
-                "rows": worker.rows,
-                "restarts": worker.restarts,
-                "ready_s": worker.ready_s,
-                "last_error": worker.last_error,
-                **(usage.get(worker.pid or 0) or _usage(None)),
-            }
-            for worker in replicas.workers
-        ]
+        document["workers"] = [_worker_status(worker, usage) for worker in replicas.workers]
+        aside = replicas.quarantine
+        document["quarantine"] = None if aside is None else _worker_status(aside, usage)
+        document["recycled"] = replicas.recycled
+    if model.trials is not None:
+        document["retried_runs"] = model.trials.runs
+        document["blamed_requests"] = model.trials.blamed
     return document
+
+
+def _worker_status(worker: Worker, usage: dict[int, Usage]) -> dict[str, Any]:
+    return {
+        "index": worker.index,
+        "state": worker.state.value,
+        "device": worker.device,
+        "batches": worker.batches,
+        "rows": worker.rows,
+        "restarts": worker.restarts,
+        "ready_s": worker.ready_s,
+        "last_error": worker.last_error,
+        **(usage.get(worker.pid or 0) or _usage(None)),
+    }
 
 
 def describe_report(report: LoadReport, slots: int, slot_bytes: int) -> dict[str, Any]:
