@@ -190,6 +190,9 @@ class Endpoint:
                     break
             if fault is None and get(more):
                 fault = WireError(f"more tensor frames than the {len(route.inputs)} the header names")
+            if fault is None and generation.poison:
+                spans = [view[at + start * n : at + (start + rows) * n] for at, n in route.inputs]
+                fault = generation.find_poison(route, spans, now)
             if fault is not None:
                 self._skip_frames()
                 batcher.abandon(slot)

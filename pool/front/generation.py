@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil, inf
+from operator import itemgetter
 from typing import Any
 
 import msgspec
@@ -20,9 +21,10 @@ from pool.errors import (
     Overloaded,
     PoolError,
     TooLarge,
+    WorkerLost,
 )
 from pool.front.batcher import Batcher
-from pool.front.columns import read_columns, read_numeric, read_rows, write_rows
+from pool.front.columns import Column, read_columns, read_numeric, read_rows, write_rows
 from pool.front.poison import PoisonMemory
 from pool.front.replies import Join, Reply
 from pool.front.sizing import plan_arena, row_bytes
@@ -54,6 +56,7 @@ class Route:
         is_batched: Whether a request may have other than one row.
         inputs: For each tensor frame in the request's order: (offset in the slot, bytes of a row).
         regions: The same frames' `InputRegion`s.
+        order: For each tensor frame in the request's order: which of the layout's inputs it is.
         is_numeric: Whether every input has a fixed size, so that frames go into the slot directly.
         outputs: Indices of the outputs wanted, in the order wanted.
         timeout_s: Of requests that carry none; `inf` for none.
@@ -70,6 +73,7 @@ class Route:
         "key",
         "keys",
         "layout",
+        "order",
         "outputs",
         "regions",
         "signature",
@@ -92,6 +96,7 @@ class Route:
         self.capacity = layout.capacity
         self.inflight_rows = generation.inflight_rows(layout.capacity)
         self.is_batched = signature.batched
+        self.order = tuple(order)
         self.regions = [layout.descriptor.inputs[i] for i in order]
         self.inputs = [(region.offset, region.row_bytes) for region in self.regions]
         self.is_numeric = all(region.dtype != "string" for region in self.regions)
@@ -254,6 +259,25 @@ class Generation:
                 f"{route.inflight_rows} in model {self.model!r}"
             )
 
+    def find_poison(
+        self, route: Route, frames: Sequence[memoryview | bytes], now: float
+    ) -> WorkerLost | None:
+        """The refusal of a request that killed a worker before; None if it did not.
+
+        Args:
+            route: Of the request.
+            frames: Its tensor payloads, in its own order.
+            now: Monotonic seconds.
+        """
+        ordered = [frame for _, frame in sorted(zip(route.order, frames, strict=True), key=itemgetter(0))]
+        known = self.poison.find(route.layout.number, ordered, now)
+        if known is None:
+            return None
+        how, remaining_s = known
+        return WorkerLost(
+            f"the same request came before, and {how}; it is refused for another {remaining_s:.0f} s"
+        )
+
     def full(self, ticket: Ticket) -> Overloaded:
         """The refusal of a request that finds no room in the arena."""
         route: Route = ticket.route
@@ -283,6 +307,10 @@ class Generation:
         route: Route = ticket.route
         self.check_rows(route, ticket.rows)
         columns = read_columns(route, ticket.rows, frames)
+        if self.poison:
+            refusal = self.find_poison(route, frames, now)
+            if refusal is not None:
+                raise refusal
         self.check_room(ticket, now)
         join: Join | None = None
         done = 0
@@ -337,6 +365,7 @@ class Generation:
         route: Route = tickets[0].route
         columns = read_numeric(route, sum(ticket.rows for ticket in tickets), frames)
         key, account = tickets[0].key, tickets[0].account
+        barred = self._barred(tickets, columns, now) if self.poison else {}
         refused: list[tuple[Ticket, PoolError]] = []
         first = done = 0
         while first < len(tickets):
@@ -351,6 +380,7 @@ class Generation:
             # A full slot takes no more, not even a request of no rows.
             while (
                 end < len(tickets)
+                and end not in barred
                 and rows < room
                 and rows + tickets[end].rows <= room
                 and tickets[end].deadline >= soonest
@@ -362,6 +392,8 @@ class Generation:
                 ticket = tickets[first]
                 spans = [column.span(done, ticket.rows) for column in columns]
                 try:
+                    if first in barred:
+                        raise barred[first]
                     self.place(ticket, spans, now)
                 except PoolError as e:
                     # Its traceback holds this frame, and with it the payloads.
@@ -376,6 +408,20 @@ class Generation:
             done += rows
             first = end
         return refused
+
+    def _barred(
+        self, tickets: Sequence[Ticket], columns: Sequence[Column], now: float
+    ) -> dict[int, WorkerLost]:
+        """Which requests of a bundle killed a worker before, by their place in it."""
+        barred = {}
+        done = 0
+        for i, ticket in enumerate(tickets):
+            spans = [column.span(done, ticket.rows) for column in columns]
+            refusal = self.find_poison(ticket.route, spans, now)
+            if refusal is not None:
+                barred[i] = refusal
+            done += ticket.rows
+        return barred
 
     def read_rows(self, slot: Slot, ticket: Ticket) -> list[bytes]:
         """A copy of a ticket's rows, as payloads in the order of the layout."""
