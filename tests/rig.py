@@ -15,8 +15,9 @@ import numpy as np
 from pool import wire
 from pool.config import ModelConfig
 from pool.errors import PoolError
-from pool.front.generation import Generation, Route
+from pool.front.generation import Generation
 from pool.front.replies import Reply
+from pool.front.route import Route
 from pool.front.slots import Slot, Ticket
 from pool.shm.arena import Arena
 from pool.shm.control import LoadReport
@@ -201,6 +202,12 @@ class Rig:
         return started
 
     def finish(self, slot: Slot) -> Message:
+        """Run a dispatched batch, send its answers and give the slot back."""
+        message = self.answer(slot)
+        self.batcher.release(slot)
+        return message
+
+    def answer(self, slot: Slot) -> Message:
         """Run a dispatched batch and send its answers."""
         self.generation.arena.describe(slot.index, slot.tickets[0].route.layout)
         message = self.runner.run(Message(Ring.RUN, slot.index, slot.rows, slot.generation, slot.layout))
@@ -213,7 +220,6 @@ class Rig:
                 ticket.sink.send_results([ticket], reply, slot)
             else:
                 ticket.sink.send_error(ticket, PoolError(message.text))
-        self.batcher.release(slot)
         return message
 
     def run_all(self) -> None:

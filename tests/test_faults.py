@@ -304,6 +304,22 @@ def test_a_killed_zygote_is_replaced_while_its_workers_serve_on(shared):
     assert works(shared)
 
 
+def test_a_zygote_that_is_stopped_is_replaced_when_it_is_needed(shared):
+    (zygote,) = shared.client.status()["zygotes"]
+    shared.send(zygote["pid"], signal.SIGSTOP)
+    assert works(shared)
+    before = shared.worker()
+    with stopped(shared) as pid:
+        running = Call(shared.endpoint)
+        await_that(lambda: shared.worker()["state"] == "busy")
+        shared.send(pid, signal.SIGKILL)
+    assert running.result() == 1
+    await_that(lambda: shared.worker()["state"] == "ready" and shared.worker()["pid"] != before["pid"])
+    (after,) = shared.client.status()["zygotes"]
+    assert after["pid"] != zygote["pid"]
+    assert "zygote hangs" in shared.log.read_text()
+
+
 # -- time and room -----------------------------------------------------------------------------------
 
 

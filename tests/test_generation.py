@@ -18,6 +18,7 @@ from pool.errors import (
     SignatureNotFound,
     TooLarge,
     WireError,
+    WorkerLost,
 )
 from pool.shm.arena import OutputPlace, encode_outputs
 from pool.signature import DTYPES, Signature, TensorSpec, numpy_dtype
@@ -435,6 +436,51 @@ def test_what_is_placed_comes_back_bit_for_bit(data, tensors, capacity, allowed)
                 assert back.tobytes() == array.tobytes()
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    data=st.data(),
+    tensors=st.lists(st.tuples(st.sampled_from(DTYPES), shapes), min_size=1, max_size=3),
+)
+def test_the_rows_of_a_batch_can_be_taken_out_and_run_again_in_any_grouping(data, tensors):
+    specs = [(f"t{i}", dtype, (None, *shape)) for i, (dtype, shape) in enumerate(tensors)]
+    sent = {}
+    with Rig(generation(identity(*specs), max_batch_size=12, slots=2, max_rows_bytes=1 << 15)) as rig:
+        for id_ in range(data.draw(st.integers(1, 5), "requests")):
+            rows = data.draw(st.integers(0, 3), "rows")
+            inputs = {name: data.draw(arrays_of(dtype, (rows, *shape[1:]))) for name, dtype, shape in specs}
+            names = data.draw(st.permutations(list(inputs)), "order")
+            try:
+                rig.place(id_, {name: inputs[name] for name in names})
+            except (Overloaded, TooLarge):
+                continue
+            sent[id_] = inputs
+        while started := rig.start():
+            (slot,) = started
+            tickets = rig.batcher.reap(slot)
+            rows_of = {id(ticket): rig.generation.read_rows(slot, ticket) for ticket in tickets}
+            rig.generation.arena.slots[slot.index][2 * 4096 :] = 0xEE  # what a dying worker may leave
+            left = data.draw(st.permutations(tickets), "again")
+            while left:
+                count = data.draw(st.integers(1, len(left)), "in this run")
+                ran, left = left[:count], left[count:]
+                rig.generation.refill(slot, [(ticket, rows_of[id(ticket)]) for ticket in ran], left)
+                rig.batcher.dispatch_to(slot, 9, rig.now)
+                rig.answer(slot)
+                rig.batcher.hold(slot)
+            rig.batcher.release(slot)
+        assert rig.batcher.is_idle
+    assert sorted(rig.sink.answers) == sorted(sent)
+    for id_, inputs in sent.items():
+        for name, array in inputs.items():
+            back = rig.sink.answers[id_][f"{name}_out"]
+            assert back.dtype == array.dtype
+            assert (
+                back.tolist() == array.tolist()
+                if array.dtype == object
+                else back.tobytes() == array.tobytes()
+            )
+
+
 # -- what a worker wrote -----------------------------------------------------------------------------
 
 
@@ -498,3 +544,26 @@ def test_encoded_tensors_are_what_a_column_takes(rig_of):
     rig.run_all()
     np.testing.assert_array_equal(rig.sink.answers[0]["x_out"], strided.astype(np.float32))
     assert wire.encode_tensor(strided, "float32")[:4] == np.float32(0).tobytes()
+
+
+# -- what killed a worker ----------------------------------------------------------------------------
+
+
+def test_the_same_bytes_are_barred_in_whatever_order_they_come(rig_of):
+    rig = rig_of(identity(("a", "float32", (None, 3)), ("b", "float32", (None, 3))), max_batch_size=8)
+    ticket = rig.place(0, {"a": floats(2), "b": floats(2)})
+    (slot,) = rig.start()
+    rows = rig.generation.read_rows(slot, ticket)
+    rig.generation.poison.remember(ticket.route.layout.number, rows, "it burnt", rig.now)
+    rig.finish(slot)
+    rig.place(1, {"a": floats(2), "b": floats(2) + 1})
+    for inputs in ({"a": floats(2), "b": floats(2)}, {"b": floats(2), "a": floats(2)}):
+        with pytest.raises(WorkerLost, match="the same request came before, and it burnt; it is refused for"):
+            rig.place(2, inputs)
+    route = rig.route({"b": floats(2), "a": floats(2)})
+    tickets = [rig.ticket(i, route, 2) for i in (3, 4)]
+    columns = [np.concatenate([floats(2), floats(2)]), np.concatenate([floats(2), floats(2) + 5])]
+    refused = rig.generation.place_all(tickets, [column.tobytes() for column in columns], rig.now)
+    assert [(each.id, type(error)) for each, error in refused] == [(3, WorkerLost)]
+    rig.run_all()
+    assert sorted(rig.sink.answers) == [0, 1, 4]

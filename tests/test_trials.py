@@ -72,6 +72,8 @@ numbers = iter(range(1, 1 << 20))  # no row twice: a row that killed a worker is
 async def run_batch(server, model, faults, workers, rows=64):
     """One batch of single rows, some of which do harm; gives the answers and the errors by position."""
     async with AsyncClient(server.endpoint) as client:
+        while any(w["state"] != "ready" for w in (await client.status())["models"][model]["workers"]):
+            await asyncio.sleep(0.01)
         # While every worker sleeps, what comes gathers in one batch.
         busy = [client.predict(model, row(0, Fault.SLEEP, 0.15)) for _ in range(workers)]
         sleeping = []
@@ -122,7 +124,8 @@ def test_a_row_that_kills_its_worker_harms_nobody_else(server, client, fault):
     # Whoever was killed from outside is tried twice before that is held against the batch.
     assert extra <= (int(np.log2(rows)) + 1) * (2 if fault == "killed" else 1)
     pids = [worker["pid"] for worker in before["workers"]]
-    assert any(worker["pid"] in pids for worker in after["workers"]), "a worker that was well has gone"
+    # What was killed from outside is given to another worker before it is suspected.
+    assert fault == "killed" or any(worker["pid"] in pids for worker in after["workers"]), "a worker that was well has gone"
     # The same content is not let in a second time, whoever asks.
     with pytest.raises(WorkerLost, match="refused for another"):
         client.predict("two", row(requests[5], number, argument))

@@ -18,7 +18,7 @@ from pool.shm.arena import InputRegion
 from pool.signature import row_items
 
 if TYPE_CHECKING:
-    from pool.front.generation import Route
+    from pool.front.route import Route
 
 
 class Column:

@@ -30,8 +30,9 @@ from pool.front.binding import bind
 from pool.front.bundles import Bundles
 from pool.front.columns import frame_size_error
 from pool.front.engine import Engine
-from pool.front.generation import Generation, Route
+from pool.front.generation import Generation
 from pool.front.replies import Reply
+from pool.front.route import Route
 from pool.front.slots import Slot, Ticket
 from pool.wire import FIXED_BYTES, HEAD, HEAD_BYTES, PART, Flag, Header, Kind, PredictMeta, SignatureMeta
 

@@ -30,14 +30,16 @@ from pool.errors import (
     WorkerLost,
 )
 from pool.front.awake import Awake, Event
-from pool.front.generation import Generation, Route
-from pool.front.replicas import End, Replicas, Worker
+from pool.front.generation import Generation
+from pool.front.replicas import Replicas
 from pool.front.replies import Sink
+from pool.front.route import Route
 from pool.front.slots import Slot, Ticket
 from pool.front.states import WorkerState
 from pool.front.status import read_status
 from pool.front.supervisor import Supervisor
 from pool.front.trials import Trials
+from pool.front.workers import End, Worker
 from pool.shm.doorbell import Message, Ring
 from pool.wire import PredictMeta
 

@@ -27,11 +27,12 @@ from pool.front.batcher import Batcher
 from pool.front.columns import Column, read_columns, read_numeric, read_rows, write_rows
 from pool.front.poison import PoisonMemory
 from pool.front.replies import Join, Reply
+from pool.front.route import Route, check_input, choose_outputs
 from pool.front.sizing import plan_arena, row_bytes
-from pool.front.slots import LANE_BITS, LANES, Account, Slot, Ticket
+from pool.front.slots import Account, Slot, Ticket
 from pool.shm.arena import Arena, Layout, decode_outputs, plan_layout
 from pool.shm.control import LoadReport
-from pool.signature import Signature, TensorSpec, choose_signature
+from pool.signature import Signature, choose_signature
 from pool.wire import PredictMeta, TensorMeta
 
 # Distinct shapes (and output tables) remembered. Each is about a kB; a client that makes up shapes
@@ -41,68 +42,6 @@ _REMEMBERED_MAX = 4096
 # Advice to a client that found no room, before any batch has told how long one takes; and at most.
 _RETRY_AFTER_MS = 10
 _RETRY_AFTER_MOST_MS = 10_000
-
-
-class Route:
-    """What a request header resolves to; immutable, shared by all requests with that header.
-
-    Attributes:
-        generation: The model as served.
-        signature: What runs.
-        layout: How slots are cut for it.
-        keys: What batches of each priority share (`pool.front.batcher`).
-        key: The same for requests that carry no priority.
-        capacity: Rows a slot holds in this layout.
-        is_batched: Whether a request may have other than one row.
-        inputs: For each tensor frame in the request's order: (offset in the slot, bytes of a row).
-        regions: The same frames' `InputRegion`s.
-        order: For each tensor frame in the request's order: which of the layout's inputs it is.
-        is_numeric: Whether every input has a fixed size, so that frames go into the slot directly.
-        outputs: Indices of the outputs wanted, in the order wanted.
-        timeout_s: Of requests that carry none; `inf` for none.
-        inflight_rows: Most rows one client may have in the arena.
-    """
-
-    __slots__ = (
-        "capacity",
-        "generation",
-        "inflight_rows",
-        "inputs",
-        "is_batched",
-        "is_numeric",
-        "key",
-        "keys",
-        "layout",
-        "order",
-        "outputs",
-        "regions",
-        "signature",
-        "timeout_s",
-    )
-
-    def __init__(
-        self,
-        generation: Generation,
-        signature: Signature,
-        layout: Layout,
-        order: Sequence[int],
-        outputs: tuple[int, ...],
-    ) -> None:
-        self.generation = generation
-        self.signature = signature
-        self.layout = layout
-        self.keys = tuple(layout.number << LANE_BITS | priority for priority in range(LANES))
-        self.key = self.keys[generation.config.priority]
-        self.capacity = layout.capacity
-        self.inflight_rows = generation.inflight_rows(layout.capacity)
-        self.is_batched = signature.batched
-        self.order = tuple(order)
-        self.regions = [layout.descriptor.inputs[i] for i in order]
-        self.inputs = [(region.offset, region.row_bytes) for region in self.regions]
-        self.is_numeric = all(region.dtype != "string" for region in self.regions)
-        self.outputs = outputs
-        timeout_ms = generation.config.request_timeout_ms
-        self.timeout_s = inf if timeout_ms is None else timeout_ms * 1e-3
 
 
 class Generation:
@@ -175,14 +114,16 @@ class Generation:
         ordered: list[TensorMeta | None] = [None] * len(signature.inputs)
         order = []
         for tensor in meta.inputs:
-            _check_input(signature, signature.input(tensor.name), tensor)
+            check_input(signature, signature.input(tensor.name), tensor)
             order.append(position[tensor.name])
             ordered[position[tensor.name]] = tensor
         given = [tensor for tensor in ordered if tensor is not None]
         if len(given) < len(ordered):
             missing = [s.name for s, t in zip(signature.inputs, ordered, strict=True) if t is None]
             raise InvalidInput(f"inputs {missing} are missing; signature {signature.name!r} wants them all")
-        return Route(self, signature, self._layout(signature, given), order, _choose(signature, meta.outputs))
+        return Route(
+            self, signature, self._layout(signature, given), order, choose_outputs(signature, meta.outputs)
+        )
 
     def find_signature(self, name: str | None) -> Signature:
         """The signature of that name; for None the only one, or `serving_default`.
@@ -471,30 +412,3 @@ class Generation:
             reply = Reply(self.version, route.signature, decoded, route.outputs)
             self._replies[key] = reply
         return reply
-
-
-def _check_input(signature: Signature, spec: TensorSpec, tensor: TensorMeta) -> None:
-    if tensor.dtype != spec.dtype:
-        raise InvalidInput(f"input {spec.name!r} has dtype {tensor.dtype}; wanted {spec.dtype}")
-    if spec.shape is None:
-        return
-    wanted = spec.shape[1:] if signature.batched else spec.shape
-    if len(tensor.shape) != len(wanted) or any(
-        want is not None and want != got for want, got in zip(wanted, tensor.shape, strict=True)
-    ):
-        what = "rows of shape" if signature.batched else "shape"
-        axes = ["any" if n is None else n for n in wanted]
-        raise InvalidInput(f"input {spec.name!r} has {what} {list(tensor.shape)}; wanted {axes}")
-
-
-def _choose(signature: Signature, names: tuple[str, ...] | None) -> tuple[int, ...]:
-    if names is None:
-        return tuple(range(len(signature.outputs)))
-    position = {spec.name: i for i, spec in enumerate(signature.outputs)}
-    for name in names:
-        if name not in position:
-            wanted = ", ".join(repr(n) for n in position)
-            raise InvalidInput(f"signature {signature.name!r} has no output {name!r}; wanted {wanted}")
-    if len(set(names)) < len(names):
-        raise InvalidInput(f"outputs {list(names)} name one twice")
-    return tuple(position[name] for name in names)

@@ -14,24 +14,21 @@ import itertools
 import logging
 import os
 import random
-import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-from pool.config import ModelConfig, Placement
-from pool.errors import ModelLoadError, PoolError, Unavailable
+from pool.errors import ModelLoadError, PoolError
 from pool.front.generation import Generation
-from pool.front.last_words import LastWords
 from pool.front.slots import Slot
-from pool.front.states import WorkerEvent, WorkerState, next_worker_state
+from pool.front.states import WorkerEvent, WorkerState
 from pool.front.supervisor import Supervisor, place_worker
-from pool.front.zygotes import UNKNOWN_EXIT, Child, describe_exit
+from pool.front.workers import End, Worker, backoff_s, fork_worker, private_bytes
+from pool.front.zygotes import Child
 from pool.shm import control, doorbell
 from pool.shm.doorbell import Message, Ring
-from pool.signature import Signature
 
 log = logging.getLogger("pool.replicas")
 
@@ -40,8 +37,6 @@ log = logging.getLogger("pool.replicas")
 # had just run a sample batch well.
 CRASH_LOOP_LIMIT = 5
 _STABLE_S = 10.0  # ready for this long, it was no failed start, however little work there was
-_BACKOFF_FIRST_S = 0.1
-_BACKOFF_MOST_S = 10.0
 # Workers leave within milliseconds of being asked; one that does not is stuck in native code.
 _STOP_GRACE_S = 2.0
 # Between asking an overdue worker where it is and killing it: to write a traceback takes milliseconds.
@@ -49,89 +44,6 @@ _TRACEBACK_GRACE_S = 0.25
 # The quarantine worker stays this long for the next batch that fails: to start one takes a second.
 _QUARANTINE_LINGER_S = 10.0
 _MEMORY_CHECK_S = 1.0
-# Signals that come from outside (somebody, or the kernel short of memory), not from what a batch did.
-_FOREIGN_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-
-def backoff_s(failures: int, jitter: float) -> float:
-    """Pause before a worker that failed `failures` times in a row is started again.
-
-    The first death after good work is answered at once; then 0.1 s, doubling, at most 10 s.
-
-    Args:
-        failures: Deaths since its last finished batch, this one included.
-        jitter: 0 to 1, chosen at random, so that workers felled together do not come back together.
-    """
-    if failures <= 1:
-        return 0.0
-    # The exponent is bounded as a float's is.
-    return min(_BACKOFF_MOST_S, _BACKOFF_FIRST_S * 2.0 ** min(failures - 2, 64)) * (0.5 + 0.5 * jitter)
-
-
-class End(NamedTuple):
-    """How a worker's process ended.
-
-    Attributes:
-        how: `killed by SIGSEGV`, `exit code 3`, or a sentence.
-        is_own_doing: Whether what it ran can be the cause: it was not killed from outside.
-    """
-
-    how: str
-    is_own_doing: bool
-
-
-class Worker:
-    """One worker process, and the one that takes its place when it dies.
-
-    Attributes:
-        id: Unique within the generation.
-        index: Its number within the model.
-        role: `serving`, `successor`, `retiring` or `quarantine`.
-        state: See `pool.front.states`.
-        device: What it is pinned to, as configured; empty for anywhere.
-        slot: The slot it runs, if any.
-        batches: Batches finished, by all processes that held this place.
-        rows: Rows of those batches.
-        batches_now: Batches finished by the present process.
-        restarts: Times a process was started to replace one that ended.
-        failures: Deaths in a row without a finished batch or a while of being ready in between.
-        started_at: When the present process was asked for (monotonic).
-        ready_s: How long the present process took from fork to READY.
-        last_error: Why the last process ended, or would not start.
-        overdue: Why the present process was killed by its front; empty if it was not.
-    """
-
-    def __init__(self, id_: int, index: int, role: str, device: str, placed: Placement) -> None:
-        self.id = id_
-        self.index = index
-        self.role = role
-        self.device = device
-        self.placement = placed
-        self.state = WorkerState.STARTING
-        self.child: Child | None = None
-        self.bell: socket.socket | None = None
-        self.words: LastWords | None = None
-        self.slot: Slot | None = None
-        self.batches = 0
-        self.rows = 0
-        self.batches_now = 0
-        self.restarts = 0
-        self.failures = 0
-        self.started_at = 0.0
-        self.ready_s: float | None = None
-        self.last_error = ""
-        self.overdue = ""
-
-    @property
-    def pid(self) -> int | None:
-        """The present process, if there is one."""
-        if self.child is None or self.child.ended.done():
-            return None
-        return self.child.pid
-
-    def move(self, event: WorkerEvent) -> None:
-        """Change state; raises IllegalTransition for what cannot happen."""
-        self.state = next_worker_state(self.state, event)
 
 
 class Listener(Protocol):
@@ -223,77 +135,30 @@ class Replicas:
         worker.ready_s = None
         worker.overdue = ""
         worker.batches_now = 0
+        worker.child = None
         try:
-            bell, child, words = await self._fork(worker)
+            child, bell = await fork_worker(self._supervisor, self._generation, self._weights_fd, worker)
         except (PoolError, OSError) as e:
             reason = e.message if isinstance(e, PoolError) else f"cannot start a worker: {e.strerror}"
             self._after_end(worker, None, End(reason, False), [])
             return
-        worker.bell, worker.child, worker.words = bell, child, words
+        except asyncio.CancelledError:
+            self._after_end(worker, None, End("the server is stopping", False), [])
+            raise
+        if worker.state is WorkerState.DRAINING:  # meanwhile it was let go
+            child.kill()
         self._loop.add_reader(bell.fileno(), self._hear, worker, bell)
         self._loop.call_later(self._start_timeout_s, self._check_started, worker, child)
         self._spawn(self._await_end(worker, child))
 
-    async def _fork(self, worker: Worker) -> tuple[socket.socket, Child, LastWords]:
-        """A worker process, about to load the model.
-
-        Raises:
-            PoolError: the zygote is not there, or refuses.
-            OSError: out of file descriptors or memory.
-        """
-        generation, config = self._generation, self._generation.config
-        zygote = await self._supervisor.zygote(config.backend)
-        if self._is_stopping:  # meanwhile
-            raise Unavailable("the server is stopping")
-        order_fd = control.write_order(self._order(worker))
-        try:
-            words = LastWords(self._loop)
-            try:
-                bell, its_bell = doorbell.make_pair()
-                with its_bell:
-                    fds = [order_fd, self._supervisor.lifeline.read_fd, words.write_fd, its_bell.fileno()]
-                    fds.append(generation.arena.fd)
-                    if self._weights_fd is not None:
-                        fds.append(self._weights_fd)
-                    try:
-                        child = zygote.fork("worker", fds)
-                    except PoolError:
-                        bell.close()
-                        raise
-            except (PoolError, OSError):
-                words.close()
-                raise
-            finally:
-                words.handed_over()
-        finally:
-            os.close(order_fd)
-        return bell, child, words
-
-    def _order(self, worker: Worker) -> control.WorkerOrder:
-        generation, config = self._generation, self._generation.config
-        recipes = generation.report.recipes
-        return control.WorkerOrder(
-            model=generation.model,
-            index=worker.index,
-            backend=config.backend,
-            path=generation.report.path,
-            weights=generation.report.weights,
-            placement=worker.placement,
-            slots=len(generation.arena.slots),
-            slot_bytes=generation.arena.slot_bytes,
-            allowed_batch_sizes=config.allowed_batch_sizes,
-            awake_s=config.awake_us / 1e6,
-            warm_up=tuple(
-                control.WarmUp(signature, recipes[name], warm_up_rows(signature, config))
-                for name, signature in generation.signatures.items()
-                if name in recipes  # the others raise on whatever is generated
-            ),
-        )
-
-    def _spawn(self, coroutine: Any) -> None:
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _restart(self, worker: Worker) -> None:
+        worker.starting = self._spawn(self._start(worker))
 
     def _hear(self, worker: Worker, bell: socket.socket) -> None:
         while True:
@@ -352,18 +217,7 @@ class Replicas:
         if worker.bell is not None:
             self._hear(worker, worker.bell)  # what it rang before it died counts
             self._loop.remove_reader(worker.bell.fileno())
-            worker.bell.close()
-            worker.bell = None
-        assert worker.words is not None
-        lines = worker.words.close()
-        worker.words = None
-        if worker.overdue:
-            end = End(f"killed: {worker.overdue}", True)
-        elif child.refusal:
-            end = End(child.refusal, False)
-        else:
-            end = End(describe_exit(code), code != UNKNOWN_EXIT and -code not in _FOREIGN_SIGNALS)
-        self._after_end(worker, child, end, lines)
+        self._after_end(worker, child, *worker.ended(code))
 
     def _after_end(self, worker: Worker, child: Child | None, end: End, lines: Sequence[str]) -> None:
         slot, worker.slot = worker.slot, None
@@ -416,7 +270,7 @@ class Replicas:
             return
         worker.move(WorkerEvent.RETRY)
         worker.restarts += 1
-        self._spawn(self._start(worker))
+        self._restart(worker)
 
     # -- batches ------------------------------------------------------------------------------------
 
@@ -436,9 +290,11 @@ class Replicas:
         """The worker answered for its slot; it can take another if it is READY now."""
         assert worker.slot is not None
         worker.move(WorkerEvent.FINISH)
-        worker.batches += 1
+        # What a retiring worker still runs counts for its place.
+        counted = self.workers[worker.index] if worker.role == "retiring" else worker
+        counted.batches += 1
+        counted.rows += worker.slot.rows
         worker.batches_now += 1
-        worker.rows += worker.slot.rows
         worker.failures = 0
         worker.slot = None
         most = self._generation.config.max_batches_per_worker
@@ -456,7 +312,7 @@ class Replicas:
             self._generation.model, worker.index, worker.pid, reason,
         )  # fmt: skip
         successor = self._successors[worker.index] = self._make(worker.index, "successor")
-        self._spawn(self._start(successor))
+        self._restart(successor)
 
     def _succeed(self, successor: Worker) -> None:
         old = self.workers[successor.index]
@@ -502,7 +358,7 @@ class Replicas:
             self._linger = None
         if self.quarantine is None:
             self.quarantine = self._make(len(self.workers), "quarantine")
-            self._spawn(self._start(self.quarantine))
+            self._restart(self.quarantine)
         return self.quarantine
 
     def dismiss_quarantine(self) -> None:
@@ -527,6 +383,8 @@ class Replicas:
         everyone = list(self._by_id.values())
         for worker in everyone:
             self._let_go(worker)
+            if worker.starting is not None and worker.pid is None:
+                worker.starting.cancel()  # it may wait for a zygote that takes seconds to start
         ending = [w.child for w in everyone if w.child is not None and not w.child.ended.done()]
         if ending:
             waits = [child.ended for child in ending]
@@ -539,27 +397,3 @@ class Replicas:
         if self._weights_fd is not None:
             os.close(self._weights_fd)
             self._weights_fd = None
-
-
-def private_bytes(pid: int) -> int:
-    """Memory that would be free if the process ended, without what it has in files; 0 if it is gone.
-
-    RssAnon of proc(5): a look of microseconds, where USS takes the kernel milliseconds.
-    """
-    try:
-        with open(f"/proc/{pid}/status") as f:
-            for line in f:
-                if line.startswith("RssAnon:"):
-                    return int(line.split()[1]) << 10
-    except (FileNotFoundError, ProcessLookupError):
-        pass
-    return 0
-
-
-def warm_up_rows(signature: Signature, config: ModelConfig) -> tuple[int, ...]:
-    """Batch sizes a worker runs once before it is READY: one row is the canary that proves it works."""
-    if not signature.batched:
-        return (1,)
-    if not config.warm_up:
-        return (config.allowed_batch_sizes or (1,))[:1]
-    return config.allowed_batch_sizes or tuple(sorted({1, config.max_batch_size}))

@@ -18,7 +18,7 @@ from pool.shm.control import LoadReport
 
 if TYPE_CHECKING:
     from pool.front.engine import ServedModel
-    from pool.front.replicas import Worker
+    from pool.front.workers import Worker
 
 Usage = dict[str, Any]
 

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable
 from pool.errors import PoolError, WorkerLost
 from pool.front.generation import Generation
 from pool.front.inquest import Inquest
-from pool.front.replicas import Replicas, Worker
+from pool.front.replicas import Replicas
 from pool.front.slots import Slot, Ticket
 from pool.front.states import WorkerState
+from pool.front.workers import Worker
 
 
 class Trial:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
+import numpy as np
 import pytest
 
 from pool.config import ModelConfig
-from pool.front.replicas import backoff_s, warm_up_rows
+from pool.front.workers import backoff_s, private_bytes, warm_up_rows
 from pool.signature import Signature
 
 BATCHED = Signature("s", (), ())
@@ -33,3 +36,10 @@ def test_the_pause_before_a_restart_doubles_up_to_a_limit(failures, most):
 )
 def test_each_size_that_will_be_seen_most_runs_once_before_the_first_user(signature, keys, rows):
     assert warm_up_rows(signature, ModelConfig(path="/m", **keys)) == rows
+
+
+def test_private_memory_is_what_a_process_has_to_itself():
+    before = private_bytes(os.getpid())
+    grown = np.ones(20 << 20, np.uint8)
+    assert private_bytes(os.getpid()) - before > len(grown) // 2
+    assert private_bytes(1 << 30) == 0

@@ -1,0 +1,207 @@
+"""One worker: its process, its state, how it is forked and how it ends. Runs in the front, on its loop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from typing import NamedTuple
+
+from pool.config import ModelConfig, Placement
+from pool.errors import PoolError
+from pool.front.generation import Generation
+from pool.front.last_words import LastWords
+from pool.front.slots import Slot
+from pool.front.states import WorkerEvent, WorkerState, next_worker_state
+from pool.front.supervisor import Supervisor
+from pool.front.zygotes import UNKNOWN_EXIT, Child, describe_exit
+from pool.shm import control, doorbell
+from pool.signature import Signature
+
+_BACKOFF_FIRST_S = 0.1
+_BACKOFF_MOST_S = 10.0
+# Signals that come from outside (somebody, or the kernel short of memory), not from what a batch did.
+_FOREIGN_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def backoff_s(failures: int, jitter: float) -> float:
+    """Pause before a worker that failed `failures` times in a row is started again.
+
+    The first death after good work is answered at once; then 0.1 s, doubling, at most 10 s.
+
+    Args:
+        failures: Deaths since its last finished batch, this one included.
+        jitter: 0 to 1, chosen at random, so that workers felled together do not come back together.
+    """
+    if failures <= 1:
+        return 0.0
+    # The exponent is bounded as a float's is.
+    return min(_BACKOFF_MOST_S, _BACKOFF_FIRST_S * 2.0 ** min(failures - 2, 64)) * (0.5 + 0.5 * jitter)
+
+
+class End(NamedTuple):
+    """How a worker's process ended.
+
+    Attributes:
+        how: `killed by SIGSEGV`, `exit code 3`, or a sentence.
+        is_own_doing: Whether what it ran can be the cause: it was not killed from outside.
+    """
+
+    how: str
+    is_own_doing: bool
+
+
+class Worker:
+    """One worker process, and the one that takes its place when it dies.
+
+    Attributes:
+        id: Unique within the generation.
+        index: Its number within the model.
+        role: `serving`, `successor`, `retiring` or `quarantine`.
+        state: See `pool.front.states`.
+        device: What it is pinned to, as configured; empty for anywhere.
+        slot: The slot it runs, if any.
+        batches: Batches finished, by all processes that held this place.
+        rows: Rows of those batches.
+        batches_now: Batches finished by the present process.
+        restarts: Times a process was started to replace one that ended.
+        failures: Deaths in a row without a finished batch or a while of being ready in between.
+        starting: What gives it a process, since it was started again.
+        started_at: When the present process was asked for (monotonic).
+        ready_s: How long the present process took from fork to READY.
+        last_error: Why the last process ended, or would not start.
+        overdue: Why the present process was killed by its front; empty if it was not.
+    """
+
+    def __init__(self, id_: int, index: int, role: str, device: str, placed: Placement) -> None:
+        self.id = id_
+        self.index = index
+        self.role = role
+        self.device = device
+        self.placement = placed
+        self.state = WorkerState.STARTING
+        self.starting: asyncio.Task[None] | None = None
+        self.child: Child | None = None
+        self.bell: socket.socket | None = None
+        self.words: LastWords | None = None
+        self.slot: Slot | None = None
+        self.batches = 0
+        self.rows = 0
+        self.batches_now = 0
+        self.restarts = 0
+        self.failures = 0
+        self.started_at = 0.0
+        self.ready_s: float | None = None
+        self.last_error = ""
+        self.overdue = ""
+
+    @property
+    def pid(self) -> int | None:
+        """The present process, if there is one."""
+        if self.child is None or self.child.ended.done():
+            return None
+        return self.child.pid
+
+    def move(self, event: WorkerEvent) -> None:
+        """Change state; raises IllegalTransition for what cannot happen."""
+        self.state = next_worker_state(self.state, event)
+
+    def ended(self, code: int) -> tuple[End, list[str]]:
+        """The process is gone: how, and the last lines it wrote. Lets go of what led to it."""
+        assert self.child is not None
+        if self.bell is not None:
+            self.bell.close()
+            self.bell = None
+        lines: list[str] = []
+        if self.words is not None:
+            lines = self.words.close()
+            self.words = None
+        if self.overdue:
+            return End(f"killed: {self.overdue}", True), lines
+        if self.child.refusal:
+            return End(self.child.refusal, False), lines
+        is_own_doing = code != UNKNOWN_EXIT and -code not in _FOREIGN_SIGNALS
+        return End(describe_exit(code), is_own_doing), lines
+
+
+async def fork_worker(
+    supervisor: Supervisor, generation: Generation, weights_fd: int | None, worker: Worker
+) -> tuple[Child, socket.socket]:
+    """Give a worker a process, which is about to load the model, and the front's end of its doorbell.
+
+    Raises:
+        PoolError: the zygote is not there, or refuses.
+        OSError: out of file descriptors or memory.
+    """
+    zygote = await supervisor.zygote(generation.config.backend)
+    order_fd = control.write_order(_order(generation, worker))
+    try:
+        words = LastWords(asyncio.get_running_loop())
+        try:
+            bell, its_bell = doorbell.make_pair()
+            with its_bell:
+                fds = [order_fd, supervisor.lifeline.read_fd, words.write_fd, its_bell.fileno()]
+                fds.append(generation.arena.fd)
+                if weights_fd is not None:
+                    fds.append(weights_fd)
+                try:
+                    child = zygote.fork("worker", fds)
+                except PoolError:
+                    bell.close()
+                    raise
+        except (PoolError, OSError):
+            words.close()
+            raise
+        finally:
+            words.handed_over()
+    finally:
+        os.close(order_fd)
+    worker.child, worker.bell, worker.words = child, bell, words
+    return child, bell
+
+
+def _order(generation: Generation, worker: Worker) -> control.WorkerOrder:
+    config = generation.config
+    recipes = generation.report.recipes
+    return control.WorkerOrder(
+        model=generation.model,
+        index=worker.index,
+        backend=config.backend,
+        path=generation.report.path,
+        weights=generation.report.weights,
+        placement=worker.placement,
+        slots=len(generation.arena.slots),
+        slot_bytes=generation.arena.slot_bytes,
+        allowed_batch_sizes=config.allowed_batch_sizes,
+        awake_s=config.awake_us / 1e6,
+        warm_up=tuple(
+            control.WarmUp(signature, recipes[name], warm_up_rows(signature, config))
+            for name, signature in generation.signatures.items()
+            if name in recipes  # the others raise on whatever is generated
+        ),
+    )
+
+
+def private_bytes(pid: int) -> int:
+    """Memory that would be free if the process ended, without what it has in files; 0 if it is gone.
+
+    RssAnon of proc(5): a look of microseconds, where USS takes the kernel milliseconds.
+    """
+    try:
+        with open(f"/proc/{pid}/status") as f:
+            for line in f:
+                if line.startswith("RssAnon:"):
+                    return int(line.split()[1]) << 10
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return 0
+
+
+def warm_up_rows(signature: Signature, config: ModelConfig) -> tuple[int, ...]:
+    """Batch sizes a worker runs once before it is READY: one row is the canary that proves it works."""
+    if not signature.batched:
+        return (1,)
+    if not config.warm_up:
+        return (config.allowed_batch_sizes or (1,))[:1]
+    return config.allowed_batch_sizes or tuple(sorted({1, config.max_batch_size}))
