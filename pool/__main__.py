@@ -24,6 +24,7 @@ COMMANDS = {
     "predict": "send one request and show its answer",
     "status": "show what a server is doing",
     "bench": "measure a server under load",
+    "chaos": "kill, stop, crash and hang a server's processes under checked load, and tell what that cost",
     "demo": "train, serve and check a model that reads handwritten digits",
 }
 

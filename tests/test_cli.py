@@ -59,13 +59,13 @@ def test_help_names_every_command_and_imports_little() -> None:
         "finally: print(sorted(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    for command in ("serve", "check", "predict", "status", "bench", "demo"):
+    for command in ("serve", "check", "predict", "status", "bench", "chaos", "demo"):
         assert f"\n    {command} " in done.stdout
     for module in ("zmq", "numpy", "rich", "msgspec", "tensorflow"):
         assert f"'{module}'" not in done.stdout
 
 
-@pytest.mark.parametrize("command", ["serve", "check", "predict", "status", "bench", "demo"])
+@pytest.mark.parametrize("command", ["serve", "check", "predict", "status", "bench", "chaos", "demo"])
 def test_each_command_has_help(command: str) -> None:
     assert f"usage: pool {command}" in pool(command, "--help").stdout
 
@@ -87,6 +87,8 @@ def test_each_command_has_help(command: str) -> None:
         ("bench", "m", "--concurrency", "0"),
         ("bench", "m", "--rate", "-1"),
         ("bench", "m", "--input", "absent.npz"),
+        ("chaos", "--minutes", "0"),
+        ("chaos", "--faults", "kill,nonsense"),
     ],
 )
 def test_wrong_arguments(args: tuple[str, ...]) -> None:
@@ -264,7 +266,7 @@ def test_status(server: Server) -> None:
     assert "mlp worker 0" in shown
 
 
-@pytest.mark.parametrize("args", [("status",), ("predict", "m", "--input", "1"), ("bench", "m")])
+@pytest.mark.parametrize("args", [("status",), ("predict", "m", "--input", "1"), ("bench", "m"), ("chaos",)])
 def test_no_server_is_exit_code_1(args: tuple[str, ...], tmp_path: Path) -> None:
     done = pool(*args, "--endpoint", f"ipc://{tmp_path}/none.sock", "--timeout", "0.2", code=1)
     assert done.stdout == ""

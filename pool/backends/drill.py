@@ -78,6 +78,22 @@ class Fault(enum.IntEnum):
     SCRIBBLE = 1010  # writes `argument` lines to the standard error
 
 
+def signature(row_items: int) -> Signature:
+    """The signature of a drill model; by it a client knows one."""
+    return Signature(
+        DEFAULT_SIGNATURE,
+        (
+            TensorSpec("x", "float32", (None, row_items)),
+            TensorSpec("fault", "int32", (None,)),
+            TensorSpec("argument", "float32", (None,)),
+        ),
+        (
+            TensorSpec("y", "float32", (None, row_items)),
+            TensorSpec("pid", "int64", (None,)),
+        ),
+    )
+
+
 def answer(x: Array, version: int) -> Array:
     """What a right answer's `y` is, to the bit: float32 of the shape of `x`."""
     y: Array = np.asarray(x, np.float32) * np.float32(SCALE) + _offset(version)
@@ -186,20 +202,7 @@ class _DrillModel:
         self._recipe = recipe
         self._weights = list(weights)
         self._leaked: list[Array] = []
-        self.signatures = (
-            Signature(
-                DEFAULT_SIGNATURE,
-                (
-                    TensorSpec("x", "float32", (None, recipe.row_items)),
-                    TensorSpec("fault", "int32", (None,)),
-                    TensorSpec("argument", "float32", (None,)),
-                ),
-                (
-                    TensorSpec("y", "float32", (None, recipe.row_items)),
-                    TensorSpec("pid", "int64", (None,)),
-                ),
-            ),
-        )
+        self.signatures = (signature(recipe.row_items),)
 
     def texts(self, _signature: str) -> tuple[bytes, ...]:
         return ()
@@ -208,7 +211,7 @@ class _DrillModel:
         return list(zip(("scale", "offset", "ballast"), self._weights, strict=True))
 
     def bind(self, signature: str, inputs: Sequence[Array]) -> BoundCall:
-        assert signature == DEFAULT_SIGNATURE, "the one signature there is"
+        assert signature == DEFAULT_SIGNATURE, "there is no other"
         x, faults, arguments = inputs
         scale, offset, _ = self._weights
         time_s = self._recipe.batch_s + len(x) * self._recipe.row_s

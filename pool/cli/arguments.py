@@ -12,8 +12,8 @@ ANSWER_TIMEOUT_S = 10.0  # unless told otherwise
 CONNECT_TIMEOUT_S = 3.0  # a server that is there is met within milliseconds
 
 
-def add_endpoint(parser: argparse.ArgumentParser) -> None:
-    """Declare `--endpoint` and `--timeout`."""
+def add_endpoint(parser: argparse.ArgumentParser, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
+    """Declare `--endpoint` and `--timeout`, which is `timeout_s` unless given."""
     parser.add_argument(
         "--endpoint",
         metavar="E",
@@ -24,8 +24,8 @@ def add_endpoint(parser: argparse.ArgumentParser) -> None:
         "--timeout",
         metavar="S",
         type=seconds,
-        default=ANSWER_TIMEOUT_S,
-        help=f"seconds to wait for an answer (default: {ANSWER_TIMEOUT_S:g})",
+        default=timeout_s,
+        help=f"seconds to wait for an answer (default: {timeout_s:g})",
     )
 
 
