@@ -68,13 +68,13 @@ def test_every_request_is_counted_once():
 def test_a_report_adds_up():
     rss = [100] * 60 + [200] * 60 + [300] * 30 + [400] * 30
     recoveries = {"kill": [0.5, None, 0.1], "hang": [None]}
-    report = chaos.summarize(5, Tally(requests=2, answered=2), recoveries, rss)
+    report = chaos.summarize(5, Tally(requests=2, answered=2), recoveries, rss, [])
     assert report["front_rss"] == {"second_minute_bytes": 200, "last_minute_bytes": 350}
     assert report["faults"] == {
         "hang": {"count": 1, "unrecovered": 1, "median_s": None, "worst_s": None},
         "kill": {"count": 3, "unrecovered": 1, "median_s": 0.3, "worst_s": 0.5},
     }
-    short = chaos.summarize(5, Tally(), {}, rss[:90])
+    short = chaos.summarize(5, Tally(), {}, rss[:90], [])
     assert short["front_rss"] == {"second_minute_bytes": None, "last_minute_bytes": 150}
 
 
@@ -327,6 +327,28 @@ def test_interrupted_it_tells_what_it_saw(server):
     report = report_of(process)
     assert report["requests"] > 0
     assert not any(child.is_running() for child in children)
+
+
+def test_a_front_that_dies_is_told(tmp_path, endpoint):
+    (tmp_path / "drill.toml").write_text("")
+    config = tmp_path / "pool.toml"
+    config.write_text(f'[server]\nendpoints = ["{endpoint}"]\n{MODEL.format(path=tmp_path)}')
+    with subprocess.Popen(
+        [sys.executable, "-m", "pool", "serve", str(config)], stderr=subprocess.DEVNULL
+    ) as front:
+        try:
+            with Client(endpoint) as client:
+                while not client.ready():
+                    assert front.poll() is None
+                arguments = ("--endpoint", endpoint, "--minutes", "60", "--timeout", "1", "--json")
+                process = pool_chaos(*arguments, "--interval", "0.05", "--faults", "kill")
+                while client.status()["front"]["requests"] < 300:
+                    assert process.poll() is None
+        finally:
+            front.kill()
+        report = report_of(process, code=1)
+    assert report["answered"] > 0
+    assert f"the front, process {front.pid}, is gone" in report["failures"]
 
 
 def test_what_it_shows_is_a_table(server):

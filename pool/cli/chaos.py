@@ -115,19 +115,23 @@ def run(args: argparse.Namespace) -> int:
         with Crew(tasks) as crew, Memory(front) as memory:
             injector = Injector(client, target, crew, args.timeout)
             try:
-                drill_for(args.minutes * MINUTE_S, plans(args.faults, args.interval, seed), injector, crew)
+                schedule = plans(args.faults, args.interval, seed)
+                drill_for(args.minutes * MINUTE_S, schedule, injector, crew, front)
             except KeyboardInterrupt:
                 pass  # it ends early, and tells what was seen so far
             finally:
                 injector.release()
-            tally = crew.finish(args.timeout * GRACE + LINGER_S + LEAVE_S)
+            failures = crew.finish(args.timeout * GRACE + LINGER_S + LEAVE_S)
+            if not is_alive(front):
+                failures.append(f"the front, process {front.pid}, is gone")
+            tally = crew.total()
             tally.add(injector.tally)
-    report = summarize(seed, tally, injector.recoveries_s, memory.samples_bytes)
+    report = summarize(seed, tally, injector.recoveries_s, memory.samples_bytes, failures)
     if args.json:
         print_json(report)
     else:
         show(report)
-    is_clean = not (tally.wrong or tally.lost or tally.duplicated)
+    is_clean = not (tally.wrong or tally.lost or tally.duplicated or failures)
     return 0 if is_clean and all(fault["unrecovered"] == 0 for fault in report["faults"].values()) else 1
 
 
@@ -226,8 +230,18 @@ class Memory:
                     return
 
 
-def drill_for(seconds: float, schedule: Iterable[Plan], injector: Injector, crew: Crew) -> None:
-    """One fault after the other for so long."""
+def is_alive(front: psutil.Process) -> bool:
+    """Whether it runs; one that has ended may not have been waited for yet."""
+    try:
+        return bool(front.is_running() and front.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def drill_for(
+    seconds: float, schedule: Iterable[Plan], injector: Injector, crew: Crew, front: psutil.Process
+) -> None:
+    """One fault after the other for so long, or until the front is gone."""
     end = time.monotonic() + seconds
     with progress() as bars:
         bar = bars.add_task("drilling", total=round(seconds), note="")
@@ -238,7 +252,7 @@ def drill_for(seconds: float, schedule: Iterable[Plan], injector: Injector, crew
             note = f"{total.requests:,} requests, {amiss} amiss; {plan.kind}"
             bars.update(bar, completed=min(round(seconds), round(seconds - (end - now))), note=note)
             threading.Event().wait(max(0.0, min(plan.pause_s, end - now)))
-            if time.monotonic() >= end:
+            if time.monotonic() >= end or not is_alive(front):
                 return
             injector.inject(plan)
 
@@ -247,7 +261,11 @@ def drill_for(seconds: float, schedule: Iterable[Plan], injector: Injector, crew
 
 
 def summarize(
-    seed: int, tally: Tally, recoveries_s: dict[str, list[float | None]], rss_bytes: Sequence[int]
+    seed: int,
+    tally: Tally,
+    recoveries_s: dict[str, list[float | None]],
+    rss_bytes: Sequence[int],
+    failures: Sequence[str],
 ) -> dict[str, Any]:
     """The report.
 
@@ -256,6 +274,7 @@ def summarize(
         tally: Of all requests.
         recoveries_s: Of each kind of fault, how long each took to get over; None: not got over.
         rss_bytes: Resident memory of the front, each second.
+        failures: What kept the drill itself from its end.
     """
     faults = {}
     for kind in sorted(recoveries_s):
@@ -283,6 +302,7 @@ def summarize(
             "last_minute_bytes": round(statistics.mean(last)) if last else None,
         },
         "examples": tally.examples,
+        "failures": list(failures),
     }
 
 
@@ -307,8 +327,8 @@ def show(report: dict[str, Any]) -> None:
         times = ["" if fault[key] is None else f"{fault[key]:.2f} s" for key in ("median_s", "worst_s")]
         faults.add_row(kind, str(fault["count"]), str(fault["unrecovered"] or ""), *times)
     out.print(faults)
-    for example in report["examples"]:
-        out.print(example)
+    for sentence in (*report["examples"], *report["failures"]):
+        out.print(sentence)
 
 
 def _positive(text: str) -> float:

@@ -28,12 +28,14 @@ class Member:
 
     Attributes:
         tally: What it reported last.
+        reports: How many times it reported.
         failure: The error it ended with, or None.
     """
 
     def __init__(self, task: Task) -> None:
         self.task = task
         self.tally = Tally()
+        self.reports = 0
         self.failure: PoolError | None = None
         self._is_ready = False
         self._is_killed = False
@@ -126,6 +128,7 @@ class Member:
         else:
             report = msgspec.convert(document, Report)
             self.tally = report.tally
+            self.reports += 1
             self._is_finished = report.is_last
         with self._news:
             self._news.notify_all()
@@ -184,16 +187,15 @@ class Crew:
             total.add(tally)
         return total
 
-    def finish(self, timeout_s: float) -> Tally:
-        """Have all settle what is under way, for so long at most, and give the counts.
+    def finish(self, timeout_s: float) -> list[str]:
+        """Have all settle what is under way, for so long at most.
 
-        Raises:
-            InternalError: one ended before, though nobody killed it, or did not end.
+        Returns:
+            What became of those that did not: of each a sentence.
         """
         for member in self.members:
             member.finish()
         for member in self.members:
             member.join(timeout_s)
-            if member.failure is not None:
-                raise member.failure
-        return self.total()
+        failures = [member.failure for member in self.members if member.failure is not None]
+        return [f"a client failed: {failure.code}: {failure.message}" for failure in failures]

@@ -202,8 +202,12 @@ class Injector:
                 member = self._crew.members[int(plan.victim * len(self._crew.members))]
                 member.hold()
                 threading.Event().wait(plan.hold_s)
-                began, answered = time.monotonic(), member.tally.answered
+                began = time.monotonic()
+                reports = member.reports
                 member.release()
+                # Its next report may tell of answers from before; one after that does not.
+                member.await_news(lambda each: each.reports > reports, self._patience_s)
+                answered = member.tally.answered
                 is_served = member.await_news(lambda each: each.tally.answered > answered, self._patience_s)
                 return time.monotonic() - began if is_served else None
             case _:
