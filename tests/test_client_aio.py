@@ -107,7 +107,7 @@ def test_many_at_once_get_their_own_answers(run, endpoint):
             answers = await asyncio.gather(*(client.predict("m", array) for array in inputs))
             for array, answer in zip(inputs, answers, strict=True):
                 np.testing.assert_array_equal(answer["y"], array)
-            assert client._pending == {}
+            assert client._exchange._pending == {}
 
     with scripted_server(endpoint):
         run(main())
@@ -167,17 +167,17 @@ def test_more_than_the_socket_queues_is_sent_when_there_is_room(run, endpoint):
                 )
                 for i in range(6000)
             ]
-            while not client._unsent:
+            while not client._exchange._unsent:
                 await asyncio.sleep(0)
             given_up = calls[-500:]
             for call in given_up:
                 call.cancel()
             await asyncio.sleep(0)
-            assert len(client._pending) == 5500
+            assert len(client._exchange._pending) == 5500
             may_answer.set()
             for i, call in enumerate(calls[:-500]):
                 assert (await call)["x"][0, 0] == i % 251
-            assert not client._unsent
+            assert not client._exchange._unsent
             await asyncio.gather(*given_up, return_exceptions=True)
 
     with scripted_server(endpoint, on_predict(wait)) as server:
@@ -199,7 +199,7 @@ def test_timeouts(run, endpoint):
             for outcome in await asyncio.gather(*calls, return_exceptions=True):
                 assert isinstance(outcome, DeadlineExceeded)
                 assert endpoint in outcome.message
-            assert client._pending == {}
+            assert client._exchange._pending == {}
             assert await client.live()
 
     with scripted_server(endpoint, on_predict(never)):
@@ -239,7 +239,7 @@ def test_deadlines_of_the_answered_do_not_pile_up(run, endpoint):
         async with AsyncClient(endpoint) as client:
             for _ in range(10):
                 await asyncio.gather(*(client.predict("m", rows(1)) for _ in range(100)))
-            assert len(client._deadlines) <= 2 * 100 + 257
+            assert len(client._exchange._deadlines) <= 2 * 100 + 257
 
     with scripted_server(endpoint):
         run(main())
@@ -253,7 +253,7 @@ def test_cancelling_a_call_gives_it_up(run, endpoint):
             call.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await call
-            assert client._pending == {}
+            assert client._exchange._pending == {}
             header = server.requests[-1]
             server.say(result(header, [bytes(12)]))  # finds nobody
             assert await client.live()
@@ -268,7 +268,7 @@ def test_wait_for_works(run, endpoint):
             await client.signature("m")
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(client.predict("m", rows(1)), 0.05)
-            assert client._pending == {}
+            assert client._exchange._pending == {}
 
     with scripted_server(endpoint, on_predict(never)):
         run(main())

@@ -13,27 +13,28 @@ Many requests that are to be sent at once cost a fraction each when they travel 
     for reply in core.receive_all(received_frames):             # a message may hold many replies
 
 What is alike between requests is worked out once: a `Route` per (model, version, signature, outputs)
-holds the checked signature and, per row shape, the finished msgpack part of the header; a `_Plan` per
-msgpack part of a reply holds the arrays to make. A request that repeats an earlier one's shape costs
-two look-ups, one `pack` and one copy. Every cache is bounded and safe to share between threads (each
-step is a single dict operation; a lost update is only worked out again).
+holds the checked signature and, per row shape, the finished msgpack part of the header (`reply` does
+the like for replies). A request that repeats an earlier one's shape costs two look-ups, one `pack` and
+one copy. Every cache is bounded and safe to share between threads (each step is a single dict
+operation; a lost update is only worked out again).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import struct
 from collections.abc import Iterator, Sequence
 from types import EllipsisType
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from pool import wire
-from pool.client.conversion import Array, Cast, check_cast
-from pool.client.route import COPY_BYTES, Frame, Route
+from pool.client.conversion import Cast, check_cast
+from pool.client.reply import Reply as Reply
+from pool.client.reply import ReplyDecoder
+from pool.client.route import COPY_BYTES, Frame, Route, remember
 from pool.errors import (
     DeadlineExceeded,
     InvalidInput,
@@ -43,33 +44,19 @@ from pool.errors import (
     VersionNotFound,
     WireError,
 )
-from pool.signature import DTYPES, Signature, choose_signature, numpy_dtype
-from pool.wire import Flag, Kind, ResultMeta, SignatureMeta
-
-Key = TypeVar("Key")
-Value = TypeVar("Value")
+from pool.signature import DTYPES, Signature, choose_signature
+from pool.wire import Flag, Kind, SignatureMeta
 
 Request = tuple[int, list[Frame]]
 
-_CACHE_ENTRIES = 4_096  # per cache; a caller with more distinct shapes than this pays for re-encoding
-
 _PREDICT_HEAD = wire.head(Kind.PREDICT)
-_RESULT_HEAD = wire.head(Kind.RESULT)
 _PREDICT_BUNDLE_HEAD = wire.head(Kind.PREDICT, Flag.BUNDLE)
-_RESULT_BUNDLE_HEAD = wire.head(Kind.RESULT, Flag.BUNDLE)
-_ID = struct.Struct("<8xQ")
-_ROWS_OFFSET = 20  # from here a header is the same for every reply with this meta and row count
 _NO_LIMIT = 0xFFFF_FFFF  # of the wire's 32-bit milliseconds
 
 # Most payload of a bundle: more does not make a request cheaper, and keeps the server waiting for it.
 _BUNDLE_BYTES = 262_144
 
-# Outputs of a bundle of replies up to here are handed out as slices of one array. A caller that keeps a
-# single one of them keeps that array; beyond this size each gets a copy of its own.
-_SLICED_BYTES = 65_536
-
 _pack = wire.HEAD.pack
-_unpack_id = _ID.unpack_from
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
@@ -98,49 +85,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
         return choose_signature(self.signatures, name)
 
 
-class Reply(msgspec.Struct):
-    """One decoded reply; exactly one of the last three is set.
-
-    Attributes:
-        id: Of the request it answers.
-        outputs: RESULT: name to array. The arrays are the caller's own and writable.
-        document: INFO: the document.
-        error: ERROR, or what is wrong with a reply that cannot be decoded.
-    """
-
-    id: int
-    outputs: dict[str, Array] | None = None
-    document: dict[str, Any] | None = None
-    error: PoolError | None = None
-
-    def take_outputs(self) -> dict[str, Array]:
-        """The arrays of a prediction.
-
-        Raises:
-            PoolError: the reply's error; WireError if it is no answer to a prediction.
-        """
-        if self.outputs is None:
-            raise self.error or WireError("the server answered PREDICT with INFO; wanted RESULT")
-        return self.outputs
-
-    def take_document(self) -> dict[str, Any]:
-        """The document asked for.
-
-        Raises:
-            PoolError: the reply's error; WireError if it is no answer to a question.
-        """
-        if self.document is None:
-            raise self.error or WireError("the server answered a question with RESULT; wanted INFO")
-        return self.document
-
-
-# One output array of a plan: name, numpy dtype (None for string), whole shape, payload bytes.
-_Output = tuple[str, "np.dtype[Any] | None", tuple[int, ...], int]
-_Plan = tuple[_Output, ...]
-
-
-class ClientCore:
-    """Encodes requests, decodes replies, remembers signatures.
+class ClientCore(ReplyDecoder):
+    """Encodes requests, remembers signatures, and decodes replies (its base class).
 
     Args:
         cast: Which casts of input arrays are made unasked; see `conversion.to_array`.
@@ -150,11 +96,11 @@ class ClientCore:
     """
 
     def __init__(self, *, cast: str = "safe") -> None:
+        super().__init__()
         self._cast: Cast = check_cast(cast)
         self._ids = itertools.count(1)
         self._infos: dict[tuple[str, int | None], ModelInfo] = {}
         self._routes: dict[tuple[str, int | None, str | None, tuple[str, ...] | None], Route] = {}
-        self._plans: dict[bytes, _Plan] = {}
         # Metas of requests that may travel in bundles, and the bytes a bundle of them may have.
         self._joinable: dict[bytes, int] = {}
 
@@ -216,7 +162,7 @@ class ClientCore:
             self.forget(model)
             raise
         if route.is_joinable:
-            _remember(self._joinable, meta, min(_BUNDLE_BYTES, route.max_frame_bytes))
+            remember(self._joinable, meta, min(_BUNDLE_BYTES, route.max_frame_bytes))
         id_ = next(self._ids)
         return id_, [_pack(_PREDICT_HEAD, id_, timeout_ms, rows) + meta, *frames]
 
@@ -302,7 +248,7 @@ class ClientCore:
                 if spec.dtype not in DTYPES:
                     raise WireError(f"model {model!r}: tensor {spec.name!r} has unknown dtype {spec.dtype!r}")
         self.forget(model, version)
-        _remember(self._infos, (model, version), info)
+        remember(self._infos, (model, version), info)
         return info
 
     def forget(self, model: str, version: int | EllipsisType | None = ...) -> None:
@@ -330,86 +276,8 @@ class ClientCore:
         except (InvalidInput, SignatureNotFound):
             self.forget(model)
             raise
-        _remember(self._routes, (model, version, signature, outputs), route)
+        remember(self._routes, (model, version, signature, outputs), route)
         return route
-
-    # -- replies -----------------------------------------------------------------------------------
-
-    def receive(self, frames: Sequence[Frame]) -> Reply:
-        """Decode one message from the server.
-
-        Args:
-            frames: The header as `bytes`, then the tensors. Payloads over `COPY_BYTES` that are
-                writable are aliased, not copied.
-
-        Returns:
-            The reply. What is wrong with its body is its `error`, a `WireError`.
-
-        Raises:
-            WireError: the header itself cannot be read, so nobody can be told; `ProtocolVersionError`
-                if it is of another protocol version. The connection is of no more use.
-        """
-        header: bytes = frames[0]
-        if header[:8] == _RESULT_HEAD:
-            plan = self._plans.get(header[_ROWS_OFFSET:])
-            if plan is not None:
-                try:
-                    return Reply(_unpack_id(header)[0], _decode_outputs(plan, frames))
-                except WireError as e:
-                    return Reply(_unpack_id(header)[0], error=e)
-        decoded = wire.decode_header(header)
-        if decoded.kind < Kind.RESULT:
-            raise WireError(f"the server sent a {decoded.kind.name}, which is a request; wanted a reply")
-        try:
-            if decoded.kind is Kind.RESULT:
-                plan = _make_plan(decoded)
-                if decoded.flags == 0:
-                    _remember(self._plans, header[_ROWS_OFFSET:], plan)
-                return Reply(decoded.id, _decode_outputs(plan, frames))
-            if len(frames) != 1:
-                raise WireError(f"{decoded.kind.name} has {len(frames) - 1} tensor frames; wanted none")
-            if decoded.kind is Kind.INFO:
-                return Reply(decoded.id, document=wire.decode_info(decoded.meta))
-            return Reply(decoded.id, error=wire.decode_error(decoded))
-        except WireError as e:
-            return Reply(decoded.id, error=e)
-
-    def receive_all(self, frames: Sequence[Frame]) -> Sequence[Reply]:
-        """Decode one message that may hold several replies (`docs/wire.md` 3.9).
-
-        Args:
-            frames: As for `receive`.
-
-        Returns:
-            The replies. Arrays of those that came together may lie side by side in memory.
-
-        Raises:
-            WireError: as for `receive`, or the table that says whose the replies are cannot be read.
-        """
-        header: bytes = frames[0]
-        if header[:8] != _RESULT_BUNDLE_HEAD or len(header) < wire.FIXED_BYTES:
-            return (self.receive(frames),)
-        decoded_rows = wire.HEAD.unpack_from(header)[3]
-        parts = wire.split_parts(frames[1] if len(frames) > 1 else b"", decoded_rows)
-        try:
-            plan = self._plans.get(header[_ROWS_OFFSET:])
-            if plan is None:
-                plan = _make_plan(wire.decode_header(header))
-                _remember(self._plans, header[_ROWS_OFFSET:], plan)
-            outputs = _decode_outputs(plan, [header, *frames[2:]])
-        except WireError as e:
-            return [Reply(id_, error=e) for id_, _, _ in parts]
-        is_sliced = sum(array.nbytes for array in outputs.values()) <= _SLICED_BYTES
-        replies = []
-        start = 0
-        for id_, _, rows in parts:
-            end = start + rows
-            mine = {name: array[start:end] for name, array in outputs.items()}
-            if not is_sliced:
-                mine = {name: array.copy() for name, array in mine.items()}
-            replies.append(Reply(id_, mine))
-            start = end
-        return replies
 
 
 def _join(messages: list[list[Frame]], meta: bytes) -> list[Frame]:
@@ -436,79 +304,9 @@ def timeout_to_ms(timeout: float) -> int:
     return 0 if timeout == math.inf else max(1, min(int(timeout * 1000), _NO_LIMIT))
 
 
-def read_flag(document: dict[str, Any], flag: str) -> bool:
-    """One yes or no of a LIVE or READY reply (sections 3.4, 3.5).
-
-    Raises:
-        WireError: it is not there.
-    """
-    value = document.get(flag)
-    if not isinstance(value, bool):
-        raise WireError(f"the server's {flag!r} is {value!r}; wanted true or false")
-    return value
-
-
-def read_models(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The models of a MODELS reply (section 3.3).
-
-    Raises:
-        WireError: they are not there.
-    """
-    models = document.get("models")
-    if not isinstance(models, dict):
-        raise WireError(f"the server's 'models' is {models!r}; wanted a map")
-    return models
-
-
-def _remember(cache: dict[Key, Value], key: Key, value: Value) -> None:
-    if len(cache) >= _CACHE_ENTRIES:
-        cache.clear()
-    cache[key] = value
-
-
 def _model_meta(model: str, version: int | None) -> bytes:
     if not isinstance(model, str):
         raise InvalidInput(f"model is {model!r}; wanted its name, a str")
     if version is not None and (not isinstance(version, int) or not 0 <= version < 1 << 63):
         raise InvalidInput(f"version is {version!r}; wanted a number from 0, or None")
     return wire.encode_meta(SignatureMeta(model, version))
-
-
-# -- replies: plans and arrays ---------------------------------------------------------------------
-
-
-def _make_plan(header: wire.Header) -> _Plan:
-    tensors = wire.decode_meta(ResultMeta, header.meta).outputs
-    whole = bool(header.flags & Flag.WHOLE)
-    plan: list[_Output] = []
-    for tensor in tensors:
-        shape = tensor.shape if whole else (header.rows, *tensor.shape)
-        if tensor.dtype == "string":
-            plan.append((tensor.name, None, shape, 0))
-        else:
-            size = wire.tensor_bytes(tensor.dtype, shape)
-            plan.append((tensor.name, numpy_dtype(tensor.dtype), shape, size))
-    return tuple(plan)
-
-
-def _decode_outputs(plan: _Plan, frames: Sequence[Frame]) -> dict[str, Array]:
-    if len(frames) != len(plan) + 1:
-        raise WireError(f"RESULT has {len(frames) - 1} tensor frames; wanted {len(plan)}")
-    outputs: dict[str, Array] = {}
-    for position, (name, dtype, shape, size) in enumerate(plan, 1):
-        payload = frames[position]
-        if dtype is None:
-            outputs[name] = wire.decode_tensor(payload, "string", shape)
-            continue
-        got = len(payload)
-        if got != size:
-            raise WireError(f"output {name!r}, {dtype} {list(shape)}, has {got} bytes; wanted {size}")
-        # A bytearray is the array's own, writable and aligned. A small message as received is none of
-        # these: it lies anywhere in a receive buffer, which the array would keep alive.
-        if size <= COPY_BYTES or type(payload) is bytes:
-            payload = bytearray(payload)
-        try:
-            outputs[name] = np.ndarray(shape, dtype, payload)
-        except ValueError as e:  # empty, but with other axes so long that numpy has no such shape
-            raise WireError(f"output {name!r}, {dtype} {list(shape)}: {e}") from None
-    return outputs

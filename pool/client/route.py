@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,8 +23,11 @@ COPY_BYTES = 16_384
 
 NO_LIMIT = 0xFFFF_FFFF  # of rows: as many as the wire can count
 
-# Metas a route keeps. A caller with more distinct shapes than this has them encoded again.
-_MAX_METAS = 4_096
+# Of each cache of a client. A caller with more distinct shapes than this has them worked out again.
+_CACHE_ENTRIES = 4_096
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 class Route:
@@ -118,9 +121,7 @@ class Route:
                 if not spec.accepts_shape(array.shape):
                     raise self._wrong_shape(array.shape, spec)
             meta = self._encode_meta(shapes)
-            if len(self.metas) >= _MAX_METAS:
-                self.metas.clear()
-            self.metas[key] = meta
+            remember(self.metas, key, meta)
         frames: list[Frame] = []
         for array, spec in zip(arrays, specs, strict=True):
             if array.nbytes <= COPY_BYTES and spec.dtype != "string":
@@ -206,3 +207,10 @@ def _check_output_names(outputs: tuple[str, ...] | None, signature: Signature) -
             raise InvalidInput(f"signature {signature.name!r} has no output {name!r}; {wanted}")
     if len(set(outputs)) != len(outputs):
         raise InvalidInput(f"outputs {list(outputs)} names one twice; {wanted}")
+
+
+def remember(cache: dict[Key, Value], key: Key, value: Value) -> None:
+    """Put a value into a cache, which is emptied when it is full."""
+    if len(cache) >= _CACHE_ENTRIES:
+        cache.clear()
+    cache[key] = value

@@ -19,16 +19,8 @@ import zmq
 
 from pool.client.connection import Connection, endpoints_of, not_connected
 from pool.client.conversion import Array
-from pool.client.core import (
-    ClientCore,
-    ModelInfo,
-    Reply,
-    Request,
-    check_timeout,
-    read_flag,
-    read_models,
-    timeout_to_ms,
-)
+from pool.client.core import ClientCore, ModelInfo, Request, check_timeout, timeout_to_ms
+from pool.client.reply import Reply, read_flag, read_models
 from pool.errors import Cancelled, DeadlineExceeded, Unavailable
 
 # Idle connections kept. Each has 4 file descriptors; a burst of more threads than this opens and closes some.
