@@ -27,6 +27,7 @@ from pool import (
     Unavailable,
 )
 from pool.backends import drill
+from pool.backends.drill import Fault
 
 MODELS = """
 [models.one]
@@ -69,26 +70,31 @@ def await_that(condition):
     return value
 
 
+def rows_of(rows, fault):
+    """Inputs of rows that all do the same."""
+    x = np.resize(X, (rows, 4))
+    return {"x": x, "fault": np.full(rows, fault, np.int32), "argument": np.zeros(rows, np.float32)}
+
+
 def harmless(rows):
     """Inputs of rows that are only answered."""
-    x = np.resize(X, (rows, 4))
-    return {"x": x, "fault": np.zeros(rows, np.int32), "argument": np.zeros(rows, np.float32)}
+    return rows_of(rows, Fault.NONE)
 
 
 class Call(threading.Thread):
     """A request under way."""
 
-    def __init__(self, endpoint, model="one", rows=1, timeout=60.0):
+    def __init__(self, endpoint, model="one", rows=1, timeout=60.0, fault=Fault.NONE):
         super().__init__(daemon=True)
-        self._arguments = (endpoint, model, rows, timeout)
+        self._arguments = (endpoint, model, rows, timeout, fault)
         self._answer = None
         self.start()
 
     def run(self):
-        endpoint, model, rows, timeout = self._arguments
+        endpoint, model, rows, timeout, fault = self._arguments
         try:
             with Client(endpoint) as client:
-                self._answer = client.predict(model, harmless(rows), timeout=timeout)
+                self._answer = client.predict(model, rows_of(rows, fault), timeout=timeout)
         except PoolError as e:
             self._answer = e
 
@@ -453,6 +459,20 @@ def test_a_killed_front_takes_all_along_and_the_next_one_starts_where_it_was(sta
     assert works(next_one)
     next_one.process.send_signal(signal.SIGTERM)
     assert next_one.wait() == 0
+
+
+@pytest.mark.parametrize("fault", [Fault.HANG_NATIVE, Fault.STOP])
+def test_a_killed_front_takes_along_even_an_orphan_that_can_not_hear(start, fault):
+    front = start().await_ready()
+    hung = Call(front.endpoint, fault=fault)
+    await_that(lambda: front.worker()["state"] == "busy")
+    (zygote,) = front.client.status()["zygotes"]
+    front.send(zygote["pid"], signal.SIGKILL)
+    await_that(lambda: [z for z in front.client.status()["zygotes"] if z["pid"] != zygote["pid"]])
+    front.process.kill()
+    with pytest.raises(Unavailable):
+        hung.result()
+    assert front.wait() == -signal.SIGKILL
 
 
 def test_a_front_killed_while_it_starts_leaves_nothing(start):

@@ -101,10 +101,11 @@ class Zygote:
 
     def close(self):
         self.sock.close()
+        code = self.process.wait(PATIENCE_S)
         for fd in (self.lifeline, self.hold):
             os.close(fd)
         self.process.stderr.close()
-        return self.process.wait(PATIENCE_S)
+        return code
 
 
 @pytest.fixture(scope="module")

@@ -230,6 +230,8 @@ class Replicas:
         if worker.ready_s is not None and time.monotonic() - worker.started_at > worker.ready_s + _STABLE_S:
             worker.failures = 0
         worker.failures += 1
+        if worker.role == "quarantine" and died_in is WorkerState.BUSY:
+            worker.failures = 0  # to die of what it runs is what it is for
         # A machine that is out of processes or descriptors for a while is no reason to give up for ever.
         is_hopeless = child is not None and not child.refusal and died_in is not WorkerState.BUSY
         if worker.failures >= CRASH_LOOP_LIMIT and is_hopeless:

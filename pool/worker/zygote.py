@@ -20,7 +20,6 @@ import selectors
 import signal
 import socket
 import sys
-import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -30,11 +29,11 @@ from pool.shm import control
 
 # Not first in the fork: all forks share the imported pages, and run the code that the zygote was started
 # with even if another version is installed meanwhile.
+from pool.worker.lifeline import die_with_front
 from pool.worker.loader import run_loader
 from pool.worker.loop import run_worker
 
 _MADV_DONTNEED = 4
-_PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 
 
@@ -46,11 +45,9 @@ def main(control_fd: int, lifeline_fd: int, backend_name: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sock = socket.socket(fileno=control_fd)
     name_process("pool-zygote")
-    # While it imports, for seconds, it does not see its control socket close.
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_front(lifeline_fd)
     with _stderr_held_back():
         find_backend(backend_name).preload()
-    _prctl(_PR_SET_PDEATHSIG, 0)
     gc.collect()
     # Pages that the collector never writes to again stay shared with every fork, and a full collection
     # in a worker no longer walks the framework's 300,000 objects (0.16 s of stop).
@@ -58,7 +55,7 @@ def main(control_fd: int, lifeline_fd: int, backend_name: str) -> None:
     release_clean_pages()
     with suppress(BrokenPipeError, ConnectionResetError):  # the front is gone: so are we
         control.send_report(sock, control.Preloaded())
-        _serve(sock, lifeline_fd)
+        _serve(sock)
 
 
 @contextmanager
@@ -81,7 +78,7 @@ def _stderr_held_back() -> Iterator[None]:
         os.close(kept)
 
 
-def _serve(sock: socket.socket, lifeline_fd: int) -> None:
+def _serve(sock: socket.socket) -> None:
     children: dict[int, tuple[int, int]] = {}  # pidfd -> (token, pid)
     with selectors.DefaultSelector() as selector:
         selector.register(sock, selectors.EVENT_READ)
@@ -104,7 +101,6 @@ def _serve(sock: socket.socket, lifeline_fd: int) -> None:
                             sock.close()
                             for pidfd in children:
                                 os.close(pidfd)
-                            os.close(lifeline_fd)
                             _play(fork.role, fds)
                         pidfd = os.pidfd_open(pid)
                         children[pidfd] = (fork.token, pid)
@@ -126,7 +122,7 @@ def _play(role: str, fds: list[int]) -> None:
     code = 1
     try:
         order_fd, lifeline_fd, *rest = fds
-        threading.Thread(target=_die_with_front, args=(lifeline_fd,), daemon=True).start()
+        die_with_front(lifeline_fd)
         if role == "loader":
             run_loader(control.read_order(order_fd, control.LoaderOrder), *rest)
             code = 0
@@ -153,11 +149,6 @@ def _tell_where_it_dies() -> None:
     """
     faulthandler.enable()
     faulthandler.register(control.TRACEBACK_SIGNAL)
-
-
-def _die_with_front(lifeline_fd: int) -> None:
-    os.read(lifeline_fd, 1)  # nothing is ever written: this returns when the front is gone
-    os._exit(0)
 
 
 def name_process(name: str) -> None:
