@@ -49,16 +49,16 @@ _MEMORY_CHECK_S = 1.0
 class Listener(Protocol):
     """What the engine hears of the workers of a generation."""
 
-    def worker_ready(self, generation: Generation, worker: Worker) -> None:
+    def worker_ready(self, worker: Worker) -> None:
         """It can take a batch."""
 
-    def worker_answered(self, generation: Generation, worker: Worker, message: Message) -> None:
+    def worker_answered(self, worker: Worker, message: Message) -> None:
         """It rang back."""
 
-    def worker_leaving(self, generation: Generation, worker: Worker) -> None:
+    def worker_leaving(self, worker: Worker) -> None:
         """It takes no more batches."""
 
-    def worker_ended(self, generation: Generation, worker: Worker, slot: Slot | None, end: End) -> None:
+    def worker_ended(self, worker: Worker, slot: Slot | None, end: End) -> None:
         """Its process is gone and waited for; `slot` is what it was running."""
 
 
@@ -111,6 +111,10 @@ class Replicas:
         worker = Worker(next(self._ids), index, role, devices[index % len(devices)], placed)
         self._by_id[worker.id] = worker
         return worker
+
+    def everyone(self) -> list[Worker]:
+        """All workers, also those beside the places of the config."""
+        return list(self._by_id.values())
 
     def find(self, id_: int) -> Worker:
         """The worker with that id."""
@@ -175,7 +179,7 @@ class Replicas:
                 worker.last_error = message.text
                 worker.failures = CRASH_LOOP_LIMIT  # loading again would fail again
             else:
-                self._listener.worker_answered(self._generation, worker, message)
+                self._listener.worker_answered(worker, message)
 
     def _is_ready(self, worker: Worker) -> None:
         worker.ready_s = time.monotonic() - worker.started_at
@@ -188,7 +192,7 @@ class Replicas:
         worker.move(WorkerEvent.LOAD)
         if worker.role == "successor":
             self._succeed(worker)
-        self._listener.worker_ready(self._generation, worker)
+        self._listener.worker_ready(worker)
         started = (WorkerState.READY, WorkerState.BUSY)
         if not self._all_ready.done() and all(w.state in started for w in self.workers):
             self._all_ready.set_result(None)
@@ -225,7 +229,7 @@ class Replicas:
         if died_in is WorkerState.DRAINING:
             worker.move(WorkerEvent.STOP)
             self._forget(worker)
-            self._listener.worker_ended(self._generation, worker, slot, end)
+            self._listener.worker_ended(worker, slot, end)
             return
         if worker.ready_s is not None and time.monotonic() - worker.started_at > worker.ready_s + _STABLE_S:
             worker.failures = 0
@@ -253,7 +257,7 @@ class Replicas:
             self._generation.model, worker.index, worker.role, child.pid if child else None, end.how,
             slot.rows if slot else 0, after, "".join(f"\n    {line}" for line in lines),
         )  # fmt: skip
-        self._listener.worker_ended(self._generation, worker, slot, end)
+        self._listener.worker_ended(worker, slot, end)
         if worker.state is WorkerState.FAILED:
             self._forget(worker)
 
@@ -328,7 +332,7 @@ class Replicas:
 
     def _let_go(self, worker: Worker) -> None:
         """Have a worker leave after the batch it runs."""
-        self._listener.worker_leaving(self._generation, worker)
+        self._listener.worker_leaving(worker)
         if worker.state is WorkerState.BACKOFF:
             worker.move(WorkerEvent.STOP)
         elif worker.state in (WorkerState.STARTING, WorkerState.READY, WorkerState.BUSY):
@@ -382,7 +386,7 @@ class Replicas:
         for timer in (self._linger, self._memory_timer):
             if timer is not None:
                 timer.cancel()
-        everyone = list(self._by_id.values())
+        everyone = self.everyone()
         for worker in everyone:
             self._let_go(worker)
             if worker.starting is not None and worker.pid is None:

@@ -31,10 +31,8 @@ async def read_status(models: Iterable[ServedModel], zygotes: Iterable[Zygote]) 
     models, zygotes = list(models), [zygote for zygote in zygotes if zygote.pid is not None]
     pids = [os.getpid(), *(zygote.pid for zygote in zygotes)]
     for model in models:
-        if model.replicas is not None:
-            pids += [worker.pid for worker in model.replicas.workers]
-            if model.replicas.quarantine is not None:
-                pids.append(model.replicas.quarantine.pid)
+        if model.serving is not None:
+            pids += [worker.pid for worker in model.serving.replicas.everyone()]
     known = [pid for pid in pids if pid is not None]
     usage = await asyncio.get_running_loop().run_in_executor(None, measure_processes, known)
     return {
@@ -52,21 +50,23 @@ def _model_status(model: ServedModel, usage: dict[int, Usage]) -> dict[str, Any]
         "rows": model.rows,
         "batch_sizes": {str(rows): n for rows, n in sorted(model.batch_sizes.items())},
     }
-    generation, replicas = model.generation, model.replicas
-    if generation is not None:
-        arena = generation.arena
-        document |= describe_report(generation.report, len(arena.slots), arena.slot_bytes)
-        document["max_batch_size"] = generation.config.max_batch_size
-        document["queue_rows"] = generation.batcher.queue_rows
-    if replicas is not None:
-        document["workers"] = [_worker_status(worker, usage) for worker in replicas.workers]
-        aside = replicas.quarantine
-        document["quarantine"] = None if aside is None else _worker_status(aside, usage)
-        document["recycled"] = replicas.recycled
-    if model.trials is not None:
-        document["retried_runs"] = model.trials.runs
-        document["blamed_requests"] = model.trials.blamed
-    return document
+    if model.serving is None:
+        return document
+    generation, replicas, trials = model.serving.generation, model.serving.replicas, model.serving.trials
+    aside = replicas.quarantine
+    return (
+        document
+        | describe_report(generation.report, len(generation.batcher.slots), generation.arena.slot_bytes)
+        | {
+            "max_batch_size": generation.config.max_batch_size,
+            "queue_rows": generation.batcher.queue_rows,
+            "workers": [_worker_status(worker, usage) for worker in replicas.workers],
+            "quarantine": None if aside is None else _worker_status(aside, usage),
+            "recycled": replicas.recycled,
+            "retried_runs": trials.runs,
+            "blamed_requests": trials.blamed,
+        }
+    )
 
 
 def _worker_status(worker: Worker, usage: dict[int, Usage]) -> dict[str, Any]:

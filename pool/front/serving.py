@@ -1,0 +1,286 @@
+"""One generation of a model at work: batches to its workers, answers back, failures tried. Runs in the front.
+
+The engine owns it, and hears of it what concerns the whole (`Host`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import numpy as np
+
+from pool.errors import (
+    DeadlineExceeded,
+    InternalError,
+    ModelError,
+    PoolError,
+    TooLarge,
+    Unavailable,
+    WorkerLost,
+)
+from pool.front.awake import Event
+from pool.front.generation import Generation
+from pool.front.replicas import Replicas
+from pool.front.replies import Sink
+from pool.front.route import Route
+from pool.front.slots import Slot, Ticket
+from pool.front.states import WorkerState
+from pool.front.supervisor import Supervisor
+from pool.front.trials import Trials
+from pool.front.workers import End, Worker
+from pool.shm.doorbell import Message, Ring
+
+log = logging.getLogger("pool.serving")
+
+
+class Host(Protocol):
+    """What the engine hears of a generation at work."""
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether nothing is to run again."""
+
+    def came(self, event: Event, now: float) -> None:
+        """Something that is waited for awake is there."""
+
+    def advanced(self, serving: Serving, now: float) -> None:
+        """Batches were given out, or not: the clock may have something new to wait for."""
+
+    def ran(self, serving: Serving, rows: int) -> None:
+        """A batch of so many rows was answered, well or not."""
+
+    def freed(self) -> None:
+        """A slot is free, or a worker is gone: perhaps all is done that was admitted."""
+
+    def failed(self, serving: Serving, how: str) -> None:
+        """Its last worker was given up."""
+
+
+class Serving:
+    """A generation with its workers and its failed batches.
+
+    Args:
+        generation: Loaded.
+        supervisor: Provides zygotes.
+        weights_fd: The shared weights' memfd, or None; owned from now on.
+        host: Told what concerns the whole.
+        start_timeout_s: Longest a worker may take to be ready.
+
+    Attributes:
+        running: Batches that workers have.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        supervisor: Supervisor,
+        weights_fd: int | None,
+        host: Host,
+        start_timeout_s: float,
+    ) -> None:
+        self.generation = generation
+        self.replicas = Replicas(supervisor, generation, weights_fd, self, start_timeout_s)
+        self.trials = Trials(generation, self.replicas, refuse, self._run_trial)
+        self.running = 0
+        self._batcher = generation.batcher
+        self._host = host
+        self._loop = asyncio.get_running_loop()
+        self._is_closed = False
+
+    def drop_waiting(self, error: Callable[[], PoolError]) -> None:
+        """Answer every request that no worker has started."""
+        for ticket in self._batcher.drop_waiting():
+            ticket.sink.send_error(ticket, error())
+        self.trials.drop(error())
+
+    async def stop(self) -> None:
+        """End the workers and give the memory back; what waits was answered before."""
+        await self.replicas.stop()
+        self._is_closed = True
+        self.generation.close()
+
+    # -- batches out --------------------------------------------------------------------------------
+
+    def advance(self, now: float) -> None:
+        """Start what can start."""
+        self._dispatch(now)
+        self._host.advanced(self, now)
+
+    def _dispatch(self, now: float) -> None:
+        for slot, id_ in self._batcher.dispatch(now):
+            if slot.has_ballast:  # expired rows never start
+                live = [ticket for ticket in slot.tickets if not ticket.is_settled]
+                rows = [(ticket, self.generation.read_rows(slot, ticket)) for ticket in live]
+                self.generation.refill(slot, rows, slot.aside)
+            self._run(slot, self.replicas.find(id_))
+
+    def _run(self, slot: Slot, worker: Worker) -> None:
+        tickets = slot.tickets or slot.aside
+        self.generation.arena.describe(slot.index, tickets[0].route.layout)
+        self.replicas.run(worker, slot)
+        self.running += 1
+
+    def _run_trial(self, slot: Slot, worker: Worker) -> None:
+        now = time.monotonic()
+        self._batcher.dispatch_to(slot, worker.id, now)
+        self._run(slot, worker)
+        self._host.advanced(self, now)
+
+    def expire(self, now: float) -> None:
+        """Do what the clock makes due: deadlines, batches that take too long, batches that waited enough."""
+        for ticket in self._batcher.expire(now):
+            waited_ms = (now - ticket.received_at) * 1e3
+            late = DeadlineExceeded(f"no answer within the request's timeout; waited {waited_ms:.0f} ms")
+            ticket.sink.send_error(ticket, late)
+        for slot in self._batcher.overdue(now):
+            self.replicas.interrupt(slot, self._batcher.timeout_s)
+        self.advance(now)
+
+    # -- answers back (Listener) --------------------------------------------------------------------
+
+    def worker_ready(self, worker: Worker) -> None:
+        """A worker can take a batch."""
+        if worker.role == "quarantine":
+            self.trials.feed()
+        else:
+            self._batcher.worker_ready(worker.id)
+            self.advance(time.monotonic())
+
+    def worker_leaving(self, worker: Worker) -> None:
+        """A worker takes no more batches."""
+        self._batcher.worker_lost(worker.id)
+
+    def worker_answered(self, worker: Worker, message: Message) -> None:
+        """A batch came back: first keep the worker busy, then send the answers."""
+        slot = worker.slot
+        if slot is None or slot.index != message.slot or slot.generation != message.generation:
+            model = self.generation.model
+            log.error("stale answer model=%s worker=%d slot=%d", model, worker.index, message.slot)
+            return
+        now = time.monotonic()
+        tickets = self._batcher.finish(slot, now)
+        self.replicas.finished(worker)
+        self.running -= 1
+        if worker.state is WorkerState.READY and worker.role == "serving":
+            self._batcher.worker_ready(worker.id)
+        self._host.came(Event.ANSWER, now)
+        self._dispatch(now)
+        self._host.ran(self, slot.rows)
+        if message.kind == Ring.DONE:
+            self._deliver(slot, tickets)
+            if slot.trial is not None:
+                self.trials.passed(slot)
+            if slot.pins == 0:
+                self._release(slot)
+        else:
+            kind = TooLarge if message.kind == Ring.TOO_LARGE else ModelError
+            self._batch_raised(slot, tickets, kind(message.text))
+        if worker.role == "quarantine":
+            self.trials.feed()
+        self.advance(now)
+
+    def _deliver(self, slot: Slot, tickets: list[Ticket]) -> None:
+        # Most batches hold requests of one kind for one sink: one call then sends them all.
+        groups: dict[tuple[Route, Sink], list[Ticket]] = {}
+        for ticket in tickets:
+            groups.setdefault((ticket.route, ticket.sink), []).append(ticket)
+        try:
+            places = self.generation.arena.read_run_record(slot.index)[2]
+            replies = {route: self.generation.reply_for(route, places) for route, _ in groups}
+        except InternalError as e:
+            refuse(tickets, e)
+            return
+        for (route, sink), group in groups.items():
+            for ticket in group:
+                ticket.is_settled = True
+            sink.send_results(group, replies[route], slot)
+
+    def _batch_raised(self, slot: Slot, tickets: list[Ticket], error: PoolError) -> None:
+        if slot.trial is None and (len(tickets) <= 1 or not self.generation.config.retry):
+            refuse(tickets, error)
+            self._release(slot)
+            return
+        self._batcher.hold(slot)
+        if slot.trial is None:
+            self.trials.begin(slot, tickets, error, is_deadly=False)
+        else:
+            self.trials.failed(slot, error, is_deadly=False, is_own_doing=True)
+
+    def _release(self, slot: Slot) -> None:
+        """Every answer has left a DONE slot: give it back, or go on with its trial."""
+        if slot.trial is not None:
+            self._batcher.hold(slot)
+            self.trials.advance(slot)
+        else:
+            self._batcher.release(slot)
+        self._host.freed()
+
+    def pin(self, slot: Slot, payload: np.ndarray[Any, Any]) -> None:
+        """Keep `slot` from being used again until `payload`, a view of its bytes, is garbage.
+
+        Thread-safe at the far end: ZeroMQ lets go of a frame in a thread of its own.
+        """
+        slot.pins += 1
+        weakref.finalize(payload, self._unpin_from_thread, slot).atexit = False
+
+    def _unpin_from_thread(self, slot: Slot) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._unpin, slot)
+
+    def _unpin(self, slot: Slot) -> None:
+        slot.pins -= 1
+        if slot.pins == 0 and not self._is_closed:
+            self._release(slot)
+            self.advance(time.monotonic())
+
+    # -- what goes wrong ----------------------------------------------------------------------------
+
+    def worker_ended(self, worker: Worker, slot: Slot | None, end: End) -> None:
+        """A worker's process is gone: nothing writes to its slot any more."""
+        self._batcher.worker_lost(worker.id)
+        if slot is not None:
+            self.running -= 1
+            self._batch_lost(slot, end)
+        if worker.role == "quarantine":
+            if worker.state is WorkerState.FAILED:
+                self.trials.give_up(end.how)
+        elif all(each.state is WorkerState.FAILED for each in self.replicas.workers):
+            # With its last worker given up, waiting requests would wait for nobody.
+            self._host.failed(self, end.how)
+        self.advance(time.monotonic())
+        self._host.freed()
+
+    def _batch_lost(self, slot: Slot, end: End) -> None:
+        """The worker of a batch is gone: run its rows again, unless that is not allowed."""
+        tickets = self._batcher.reap(slot)
+        lost = WorkerLost(f"the worker running the batch of {slot.rows} rows ended: {end.how}")
+        if self._host.is_stopping:
+            refuse(list(slot.everyone()), stopping())
+            self._batcher.release(slot)
+        elif slot.trial is not None:
+            self.trials.failed(slot, lost, is_deadly=True, is_own_doing=end.is_own_doing)
+        elif not tickets or not self.generation.config.retry:
+            refuse(tickets, lost)
+            self._batcher.release(slot)
+        elif not end.is_own_doing and slot.runs == 1:
+            self._batcher.requeue(slot)  # killed from outside: nobody is suspected yet
+        else:
+            self.trials.begin(slot, tickets, lost, is_deadly=True)
+
+
+def refuse(tickets: Iterable[Ticket], error: PoolError) -> None:
+    """Settle tickets, those that are not, and answer them with an error."""
+    for ticket in tickets:
+        if not ticket.is_settled:
+            ticket.is_settled = True
+            ticket.sink.send_error(ticket, error)
+
+
+def stopping() -> Unavailable:
+    """What is said to requests while the server stops."""
+    return Unavailable("the server is stopping")
