@@ -35,6 +35,7 @@ from pool.errors import (
 
 if TYPE_CHECKING:
     from pool.client.aio import AsyncClient
+    from pool.client.retry import Retry
     from pool.client.sync import Client
 
 __version__ = "0.1.0"
@@ -53,6 +54,7 @@ __all__ = [
     "Overloaded",
     "PoolError",
     "ProtocolVersionError",
+    "Retry",
     "SignatureNotFound",
     "TooLarge",
     "Unavailable",
@@ -62,7 +64,11 @@ __all__ = [
     "__version__",
 ]
 
-_LAZY = {"Client": "pool.client.sync", "AsyncClient": "pool.client.aio"}
+_LAZY = {
+    "AsyncClient": "pool.client.aio",
+    "Client": "pool.client.sync",
+    "Retry": "pool.client.retry",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -82,7 +82,8 @@ def unbundle(header: Header, tensors: list[bytes]) -> Iterator[tuple[Header, lis
         spans = [
             column[start * size : (start + count) * size] for column, size in zip(columns, sizes, strict=True)
         ]
-        yield Header(header.kind, id_, header.meta, millis, count), spans
+        alone = header.flags & ~Flag.BUNDLE
+        yield Header(header.kind, id_, header.meta, millis, count, header.priority, alone), spans
         start += count
 
 
@@ -92,6 +93,8 @@ Answer = Callable[[Header, list[bytes]], "list[list[bytes]] | None"]
 def answer_properly(header: Header, tensors: list[bytes]) -> list[list[bytes]]:
     """What a server with the models `m` says; predictions give their inputs back."""
     id_ = header.id
+    if header.kind is Kind.CANCEL:
+        return []  # what it withdraws is answered already, or never will be
     if header.kind is Kind.PREDICT:
         return [result(header, tensors)]
     if header.kind in (Kind.SIGNATURE, Kind.READY):
@@ -123,6 +126,16 @@ def refuse(error: PoolError) -> Answer:
     return on_predict(lambda header, _: [[wire.encode_error(header.id, error)]])
 
 
+def in_turn(*answers: Answer) -> Answer:
+    """A script whose first prediction gets the first answer, and so on; all after that get the last."""
+    left = list(answers)
+    return on_predict(lambda header, tensors: (left.pop(0) if len(left) > 1 else left[0])(header, tensors))
+
+
+def never(_header: Header, _tensors: list[bytes]) -> None:
+    """No answer."""
+
+
 class ScriptedServer:
     """A ROUTER in a thread of this process.
 
@@ -130,6 +143,7 @@ class ScriptedServer:
         endpoint: Where it listens.
         requests: Every header received.
         predicted: Released once per PREDICT received.
+        cancelled: Released once per CANCEL received.
     """
 
     def __init__(self, endpoint: str, answer: Answer = answer_properly, *, linger_ms: int = 0) -> None:
@@ -137,6 +151,7 @@ class ScriptedServer:
         self.answer = answer
         self.requests: list[Header] = []
         self.predicted = threading.Semaphore(0)
+        self.cancelled = threading.Semaphore(0)
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
         self._router.linger = linger_ms
@@ -168,6 +183,8 @@ class ScriptedServer:
                     self._router.send_multipart([peer, *message])
                 if header.kind is Kind.PREDICT:
                     self.predicted.release()
+                elif header.kind is Kind.CANCEL:
+                    self.cancelled.release()
         self._router.close()
 
     def say(self, message: list[bytes]) -> None:
@@ -177,6 +194,10 @@ class ScriptedServer:
     def kinds(self) -> list[Kind]:
         """The kinds of the requests received."""
         return [header.kind for header in self.requests]
+
+    def ids(self, kind: Kind) -> list[int]:
+        """The ids of the requests of that kind received."""
+        return [header.id for header in self.requests if header.kind is kind]
 
     def stop(self) -> None:
         """Close the socket: to the clients, the server is gone."""

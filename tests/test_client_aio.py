@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import uvloop
 
-from pool import AsyncClient, wire
+from pool import AsyncClient, Retry, wire
+from pool.client import dial
 from pool.client.route import COPY_BYTES
 from pool.errors import (
     Cancelled,
@@ -25,8 +26,17 @@ from pool.errors import (
     Unavailable,
     WireError,
 )
-from pool.wire import Header, Kind
-from tests.scripted_server import answer_properly, on_predict, refuse, result, rows, scripted_server
+from pool.wire import Flag, Header, Kind
+from tests.scripted_server import (
+    answer_properly,
+    in_turn,
+    never,
+    on_predict,
+    refuse,
+    result,
+    rows,
+    scripted_server,
+)
 
 
 @pytest.fixture
@@ -61,15 +71,17 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def never(_header, _tensors):
-    return None
+async def acquired(semaphore, count=1):
+    """Wait for a server that many times."""
+    loop = asyncio.get_running_loop()
+    for _ in range(count):
+        if not semaphore.acquire(blocking=False):
+            await loop.run_in_executor(None, semaphore.acquire)
 
 
 async def predicted(server, count=1):
     """Wait until the server has received that many more predictions."""
-    loop = asyncio.get_running_loop()
-    for _ in range(count):
-        await loop.run_in_executor(None, server.predicted.acquire)
+    await acquired(server.predicted, count)
 
 
 # -- calls -----------------------------------------------------------------------------------------
@@ -169,13 +181,15 @@ def test_more_than_the_socket_queues_is_sent_when_there_is_room(run, endpoint):
             ]
             while not client._exchange._unsent:
                 await asyncio.sleep(0)
-            given_up = calls[-500:]
+            given_up = (
+                calls[:100] + calls[-500:]
+            )  # some of them sent; the server is not told, there is no room
             for call in given_up:
                 call.cancel()
             await asyncio.sleep(0)
-            assert len(client._exchange._pending) == 5500
+            assert len(client._exchange._pending) == 5400
             may_answer.set()
-            for i, call in enumerate(calls[:-500]):
+            for i, call in enumerate(calls[100:-500], 100):
                 assert (await call)["x"][0, 0] == i % 251
             assert not client._exchange._unsent
             await asyncio.gather(*given_up, return_exceptions=True)
@@ -245,20 +259,99 @@ def test_deadlines_of_the_answered_do_not_pile_up(run, endpoint):
         run(main())
 
 
-def test_cancelling_a_call_gives_it_up(run, endpoint):
+# -- giving up -------------------------------------------------------------------------------------
+
+
+def test_cancelling_a_call_withdraws_its_request(run, endpoint):
     async def main(server):
         async with AsyncClient(endpoint) as client:
             call = asyncio.ensure_future(client.predict("m", rows(1)))
             await predicted(server)
+            header = server.requests[-1]
             call.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await call
             assert client._exchange._pending == {}
-            header = server.requests[-1]
+            await acquired(server.cancelled)
+            assert server.ids(Kind.CANCEL) == [header.id]
             server.say(result(header, [bytes(12)]))  # finds nobody
             assert await client.live()
 
     with scripted_server(endpoint, on_predict(never)) as server:
+        run(main(server))
+
+
+def test_a_timeout_withdraws_the_request(run, endpoint):
+    async def main(server):
+        async with AsyncClient(endpoint) as client:
+            await client.signature("m")
+            calls = [client.predict("m", rows(1), timeout=t) for t in (0.05, 30, 0.05)]
+            server.answer = on_predict(lambda h, t: answer_properly(h, t) if h.millis > 1000 else None)
+            outcomes = await asyncio.gather(*calls, return_exceptions=True)
+            assert [type(each) for each in outcomes] == [DeadlineExceeded, dict, DeadlineExceeded]
+            await acquired(server.cancelled, 2)
+            predicts = server.ids(Kind.PREDICT)
+            assert sorted(server.ids(Kind.CANCEL)) == [predicts[0], predicts[2]]
+
+    with scripted_server(endpoint) as server:
+        run(main(server))
+
+
+def test_a_storm_of_cancellations_withdraws_what_was_sent_and_nothing_else(run, endpoint):
+    async def main(server):
+        async with AsyncClient(endpoint) as client:
+            await client.signature("m")
+            server.answer = on_predict(never)
+            sent = [asyncio.ensure_future(client.predict("m", rows(1))) for _ in range(500)]
+            await predicted(server, 500)
+            unsent = [asyncio.ensure_future(client.predict("m", rows(1))) for _ in range(500)]
+            await asyncio.sleep(0)
+            assert len(client._exchange._unsent) == 500
+            for call in sent + unsent:
+                call.cancel()
+            outcomes = await asyncio.gather(*sent, *unsent, return_exceptions=True)
+            assert all(isinstance(each, asyncio.CancelledError) for each in outcomes)
+            assert client._exchange._pending == {}
+            server.answer = answer_properly
+            np.testing.assert_array_equal((await client.predict("m", rows(2)))["y"], rows(2))
+            predicts = server.ids(Kind.PREDICT)
+            assert len(predicts) == 501
+            assert sorted(server.ids(Kind.CANCEL)) == predicts[:500]
+
+    with scripted_server(endpoint) as server:
+        run(main(server))
+
+
+def test_what_was_given_up_before_a_server_was_there_is_never_heard_of(run, endpoint):
+    async def main():
+        async with AsyncClient(endpoint) as client:
+            with pytest.raises(DeadlineExceeded, match=rf"no answer from {endpoint} within 0\.01 s"):
+                await client.predict("m", rows(1), timeout=0.01)
+            call = asyncio.ensure_future(client.models())
+            await asyncio.sleep(0)
+            call.cancel()
+            with scripted_server(endpoint) as server:
+                assert await client.live()
+                assert server.kinds() == [Kind.LIVE]
+
+    run(main())
+
+
+def test_an_answer_that_came_in_time_is_not_withdrawn(run, endpoint):
+    async def main(server):
+        async with AsyncClient(endpoint) as client:
+            await client.signature("m")
+            for _ in range(10):
+                call = asyncio.ensure_future(client.predict("m", rows(1)))
+                await asyncio.sleep(0)
+                while client._exchange._pending:
+                    await asyncio.sleep(0)
+                call.cancel()  # its answer is there; the task has not seen it yet
+                await asyncio.gather(call, return_exceptions=True)
+            assert await client.live()
+            assert server.ids(Kind.CANCEL) == []
+
+    with scripted_server(endpoint) as server:
         run(main(server))
 
 
@@ -365,6 +458,281 @@ def test_a_restarted_server_is_found_again(run, endpoint):
 
     with scripted_server(endpoint) as server:
         run(main(server))
+
+
+# -- trying again ----------------------------------------------------------------------------------
+
+QUICK = Retry(first_pause=0.001, longest_pause=0.002)
+STOPPING = Unavailable("the server is stopping")
+
+
+def test_what_was_refused_is_tried_again_with_what_remains_of_the_time(run, endpoint):
+    full = refuse(Overloaded("full", retry_after_ms=20))
+
+    async def main():
+        async with AsyncClient(endpoint, retry=QUICK, timeout=30) as client:
+            outputs = await client.predict("m", rows(1), priority=2)
+            np.testing.assert_array_equal(outputs["y"], rows(1))
+
+    with scripted_server(endpoint, in_turn(full, full, answer_properly)) as server:
+        run(main())
+        predicts = [each for each in server.requests if each.kind is Kind.PREDICT]
+        first, second, third = (each.millis for each in predicts)
+        assert 30_000 - 20 >= first - 20 >= second >= third + 20
+        assert [each.priority for each in predicts] == [2, 2, 2]
+
+
+def test_priorities_travel_in_bundles_of_their_own(run, endpoint):
+    async def main():
+        async with AsyncClient(endpoint) as client:
+            await client.signature("m")
+            priorities = [None, None, 0, 0, 3, 3]
+            await asyncio.gather(*(client.predict("m", rows(1), priority=each) for each in priorities))
+
+    with scripted_server(endpoint) as server:
+        run(main())
+        seen = [(each.flags, each.priority) for each in server.requests if each.kind is Kind.PREDICT]
+        assert seen == [(0, 0)] * 2 + [(Flag.PRIORITY, 0)] * 2 + [(Flag.PRIORITY, 3)] * 2
+
+
+def test_the_signature_is_asked_for_again_too(run, endpoint):
+    left = [Unavailable("model 'm' is loading")] * 2
+
+    def loading(header, tensors):
+        return [[wire.encode_error(header.id, left.pop())]] if left else answer_properly(header, tensors)
+
+    async def main():
+        async with AsyncClient(endpoint) as client:
+            await client.predict("m", rows(1), retry=QUICK)
+
+    with scripted_server(endpoint, loading) as server:
+        run(main())
+        assert server.kinds() == [Kind.SIGNATURE] * 3 + [Kind.PREDICT]
+
+
+def test_a_call_that_fails_after_all_says_how_often_it_was_tried(run, endpoint):
+    async def main():
+        async with AsyncClient(endpoint, retry=QUICK) as client:
+            with pytest.raises(Overloaded, match=r"^full; gave up after 5 attempts over [\d.]+ s$") as caught:
+                await client.predict("m", rows(1))
+            assert caught.value.retry_after_ms == 1
+            assert isinstance(caught.value.__cause__, Overloaded)
+            with pytest.raises(Overloaded, match=r"^full$"):
+                await client.predict("m", rows(1), retry=Retry(attempts=1))
+
+    with scripted_server(endpoint, refuse(Overloaded("full", retry_after_ms=1))) as server:
+        run(main())
+        assert server.kinds().count(Kind.PREDICT) == 6
+
+
+def test_attempts_end_with_the_timeout(run, endpoint):
+    endless = Retry(attempts=1_000_000, first_pause=0.01, longest_pause=0.01)
+
+    async def main():
+        async with AsyncClient(endpoint) as client:
+            await client.signature("m")
+            with pytest.raises((Overloaded, DeadlineExceeded), match="gave up after") as caught:
+                await client.predict("m", rows(1), timeout=0.2, retry=endless)
+            assert isinstance(caught.value.__cause__, Overloaded)
+
+    with scripted_server(endpoint, refuse(Overloaded("full"))) as server:
+        run(main())
+        left = [each.millis for each in server.requests if each.kind is Kind.PREDICT]
+        assert left == sorted(left, reverse=True)
+        assert 1 <= left[-1] < left[0] <= 200
+
+
+@pytest.mark.parametrize("how", ["close", "cancel"])
+def test_a_pause_can_be_ended(run, endpoint, how):
+    slow = Retry(first_pause=3600, longest_pause=3600)
+
+    async def main(server):
+        async with AsyncClient(endpoint, timeout=math.inf, retry=slow) as client:
+            call = asyncio.ensure_future(client.predict("m", rows(1)))
+            await predicted(server)
+            while client._exchange._pending:
+                await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            if how == "close":
+                await client.close()
+                with pytest.raises(Cancelled):
+                    await call
+            else:
+                call.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await call
+                assert await client.live()
+                assert server.ids(Kind.CANCEL) == []
+
+    with scripted_server(endpoint, refuse(Overloaded("full", retry_after_ms=3_600_000))) as server:
+        run(main(server))
+
+
+# -- several servers -------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """Let no pause of a busy machine decide which endpoint is used."""
+    monkeypatch.setattr(dial, "_AVOID_S", 3600.0)
+    monkeypatch.setattr(dial, "_GRACE_S", 3600.0)
+
+
+@contextlib.asynccontextmanager
+async def client_of_two(prefix, first_answer, **kwargs):
+    """A client connected to the first of two servers; the second, which came later, answers properly."""
+    endpoints = [prefix + "1", prefix + "2"]
+    with scripted_server(endpoints[0]) as first:
+        async with AsyncClient(endpoints, **kwargs) as client:
+            await client.signature("m")
+            first.answer = first_answer
+            with scripted_server(endpoints[1]) as second:
+                yield client, first, second
+
+
+def stopping_after(count):
+    """A script that answers no prediction; all after so many are refused, since the server stops."""
+    return in_turn(*[never] * count, refuse(STOPPING))
+
+
+def test_a_server_that_stops_is_left_and_what_it_admitted_is_waited_for(run, endpoint):
+    async def main():
+        async with client_of_two(endpoint, stopping_after(3), retry=QUICK) as (client, first, second):
+            admitted = [asyncio.ensure_future(client.predict("m", rows(1))) for _ in range(3)]
+            await predicted(first, 3)
+            headers = first.requests[-3:]
+            # Refused there, all at once, they are tried again here.
+            await asyncio.gather(*(client.predict("m", rows(1)) for _ in range(20)))
+            await client.predict("m", rows(1))
+            assert len(first.ids(Kind.PREDICT)) == 23
+            assert len(second.ids(Kind.PREDICT)) == 21
+            assert not any(call.done() for call in admitted)
+            assert list(client._exchange._retired.values()) == [{header.id for header in headers}]
+            for i, header in enumerate(headers):
+                first.say(result(header, [(rows(1) + np.float32(i)).tobytes()]))
+            for i, outputs in enumerate(await asyncio.gather(*admitted)):
+                np.testing.assert_array_equal(outputs["y"], rows(1) + i)
+            assert client._exchange._retired == {}
+            await client.predict("m", rows(1))
+            assert len(second.ids(Kind.PREDICT)) == 22
+
+    before = open_files()
+    run(main())
+    assert open_files() <= before
+
+
+def test_what_a_stopping_server_never_answers_ends_with_it(run, endpoint):
+    async def main():
+        async with client_of_two(endpoint, stopping_after(2)) as (client, first, second):
+            admitted = [asyncio.ensure_future(client.predict("m", rows(1))) for _ in range(2)]
+            await predicted(first, 2)
+            with pytest.raises(Unavailable, match=r"^the server is stopping$"):
+                await client.predict("m", rows(1))
+            await client.predict("m", rows(1))
+            await asyncio.get_running_loop().run_in_executor(None, first.stop)
+            for outcome in await asyncio.gather(*admitted, return_exceptions=True):
+                assert isinstance(outcome, Unavailable)
+                assert f"the server at {first.endpoint} went away" in outcome.message
+            assert client._exchange._retired == {}
+            await client.predict("m", rows(1))
+            assert second.kinds() == [Kind.PREDICT] * 2
+
+    run(main())
+
+
+def test_what_is_given_up_is_withdrawn_from_the_server_that_has_it(run, endpoint):
+    async def main():
+        async with client_of_two(endpoint, stopping_after(3)) as (client, first, second):
+            cancelled = asyncio.ensure_future(client.predict("m", rows(1)))
+            late = asyncio.ensure_future(client.predict("m", rows(1), timeout=0.2))
+            held = asyncio.ensure_future(client.predict("m", rows(1)))
+            await predicted(first, 3)
+            with pytest.raises(Unavailable):
+                await client.predict("m", rows(1))
+            await client.predict("m", rows(1))
+            cancelled.cancel()
+            with pytest.raises(DeadlineExceeded, match=f"no answer from {first.endpoint} within"):
+                await late
+            await acquired(first.cancelled, 2)
+            assert first.ids(Kind.CANCEL) == first.ids(Kind.PREDICT)[:2]
+            assert await client.live()
+            assert second.kinds() == [Kind.PREDICT, Kind.LIVE]
+            held.cancel()
+            while client._exchange._retired:
+                await asyncio.sleep(0)
+            assert await client.live()
+
+    run(main())
+
+
+def test_without_a_policy_the_next_call_goes_elsewhere(run, endpoint):
+    async def main():
+        async with client_of_two(endpoint, refuse(STOPPING)) as (client, first, second):
+            with pytest.raises(Unavailable, match=r"^the server is stopping$"):
+                await client.predict("m", rows(1))
+            await client.predict("m", rows(1))
+            assert client._exchange._retired == {}
+            assert second.kinds() == [Kind.PREDICT]
+            assert first.kinds() == [Kind.SIGNATURE, Kind.PREDICT]
+
+    run(main())
+
+
+def test_a_server_that_is_gone_is_left_for_another(run, endpoint):
+    async def main():
+        async with client_of_two(endpoint, on_predict(never), retry=QUICK) as (client, first, second):
+            calls = [asyncio.ensure_future(client.predict("m", rows(1))) for _ in range(20)]
+            await predicted(first, 20)
+            await asyncio.get_running_loop().run_in_executor(None, first.stop)
+            for outputs in await asyncio.gather(*calls):
+                np.testing.assert_array_equal(outputs["y"], rows(1))
+            assert second.kinds() == [Kind.PREDICT] * 20
+
+    run(main())
+
+
+def test_a_server_that_is_unavailable_is_used_if_there_is_no_other(run, endpoint):
+    async def main(server):
+        async with AsyncClient([endpoint + "2", endpoint], retry=QUICK) as client:
+            with pytest.raises(Unavailable, match="stopping; gave up after 5 attempts"):
+                await client.predict("m", rows(1))
+            assert server.kinds() == [Kind.SIGNATURE] + [Kind.PREDICT] * 5
+            server.answer = answer_properly
+            await client.predict("m", rows(1))
+
+    with scripted_server(endpoint, refuse(STOPPING)) as server:
+        run(main(server))
+
+
+def test_where_all_are_unavailable_calls_do_not_hurry_from_one_to_the_next(run, endpoint):
+    async def main():
+        async with client_of_two(endpoint, refuse(STOPPING), retry=QUICK) as (client, first, second):
+            second.answer = refuse(STOPPING)
+            calls = [client.predict("m", rows(1)) for _ in range(20)]
+            outcomes = await asyncio.gather(*calls, return_exceptions=True)
+            assert all(isinstance(each, Unavailable) for each in outcomes)
+            assert len(first.ids(Kind.PREDICT)) == 20
+            assert len(second.ids(Kind.PREDICT)) == 80
+            second.answer = answer_properly
+            await client.predict("m", rows(1))
+            assert client._exchange._connection.endpoint == second.endpoint
+
+    run(main())
+
+
+def test_endpoints_change_under_load_without_a_failed_call(run, endpoint):
+    async def main():
+        async with client_of_two(endpoint, answer_properly, retry=QUICK) as (client, first, second):
+            calls = [asyncio.ensure_future(client.predict("m", rows(1))) for _ in range(300)]
+            await predicted(first, 100)
+            first.answer = refuse(STOPPING)
+            calls += [asyncio.ensure_future(client.predict("m", rows(1))) for _ in range(300)]
+            for outputs in await asyncio.gather(*calls):
+                np.testing.assert_array_equal(outputs["y"], rows(1))
+            assert client._exchange._pending == {}
+            assert Kind.PREDICT in second.kinds()
+
+    run(main())
 
 
 # -- servers that talk nonsense --------------------------------------------------------------------

@@ -23,7 +23,7 @@ from pool.errors import (
     WireError,
 )
 from pool.signature import DTYPES, Signature, TensorSpec, numpy_dtype
-from pool.wire import Header, Kind, PredictMeta, TensorMeta
+from pool.wire import Flag, Header, Kind, PredictMeta, TensorMeta
 from tests.scripted_server import SIGNATURES, rows, signature_document, unbundle
 from tests.test_wire import documented_messages
 
@@ -517,15 +517,56 @@ def test_no_time_left(seconds):
         check_timeout(seconds)
 
 
+# -- priorities, cancelling -----------------------------------------------------------------------
+
+
+def priority_of(header: Header) -> int | None:
+    return header.priority if header.flags & Flag.PRIORITY else None
+
+
+def test_a_priority_is_that_of_the_specification():
+    core = core_for()
+    (header, _), (documented, _) = (
+        core.request("m", rows(1), priority=3)[1],
+        documented_messages()["PREDICT priority"],
+    )
+    assert header[:8] == documented[:8]
+    assert header[16 : wire.FIXED_BYTES] == documented[16 : wire.FIXED_BYTES]
+
+
+@pytest.mark.parametrize("inputs", [rows(1), rows(1).tolist()], ids=["fast", "slow"])
+@pytest.mark.parametrize("priority", [None, 0, 1, 2, 3])
+def test_every_request_can_have_a_priority(inputs, priority):
+    core = core_for()
+    core.request("m", rows(1))
+    header, _, _ = encode(core, inputs, priority=priority)
+    assert priority_of(header) == priority
+    assert header.priority == (priority or 0)
+
+
+@pytest.mark.parametrize("priority", [-1, 4, 1.5, "1", [1]])
+def test_wrong_priorities(priority):
+    core = core_for()
+    for _ in range(2):
+        assert refused(core, rows(1), priority=priority) == (
+            f"priority is {priority!r}; wanted a number from 0 (first) to 3, or None"
+        )
+    assert core.request("m", rows(1)) is not None
+
+
+def test_a_withdrawal_is_that_of_the_specification():
+    assert ClientCore().cancel(1) == documented_messages()["CANCEL"]
+
+
 # -- bundles ---------------------------------------------------------------------------------------
 
 
-def sent(core: ClientCore, requests) -> list[tuple[int, int, int, list[bytes]]]:
-    """What a server sees of requests sent in bundles: (id, millis, rows, tensor frames) of each."""
+def sent(core: ClientCore, requests) -> list[tuple[int, int, int, int | None, list[bytes]]]:
+    """What a server sees of requests sent in bundles: (id, millis, rows, priority, tensor frames) of each."""
     seen = []
     for frames, count in core.bundle(requests):
         arrived = [
-            (header.id, header.millis, header.rows, [bytes(payload) for payload in payloads])
+            (header.id, header.millis, header.rows, priority_of(header), [bytes(each) for each in payloads])
             for header, payloads in unbundle(wire.decode_header(frames[0]), [bytes(f) for f in frames[1:]])
         ]
         assert len(arrived) == count
@@ -535,25 +576,32 @@ def sent(core: ClientCore, requests) -> list[tuple[int, int, int, list[bytes]]]:
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["serving_default", "pair", "whole", "large"]), st.integers(0, 5)),
+        st.tuples(
+            st.sampled_from(["serving_default", "pair", "whole", "large"]),
+            st.integers(0, 5),
+            st.sampled_from([None, 0, 3]),
+        ),
         max_size=40,
     )
 )
 def test_bundles_carry_every_request_in_order_and_unchanged(calls):
     core = core_for(*SIGNATURES)
     requests = []
-    for signature, n in calls:
+    for signature, n, priority in calls:
         inputs = {
             "serving_default": lambda n: rows(n),
             "pair": lambda n: {"a": np.arange(n), "b": np.full((n, 2), b"x", object)},
             "whole": lambda _: rows(2),
             "large": lambda n: np.zeros((1, n * COPY_BYTES // 2), np.uint8),
         }[signature](n)
-        requests.append(core.request("m", inputs, signature=signature, timeout_ms=n))
+        request = core.request("m", inputs, signature=signature, timeout_ms=n, priority=priority)
+        requests.append(request)
     expected = []
     for id_, (first, *payloads) in requests:
         header = wire.decode_header(first)
-        expected.append((id_, header.millis, header.rows, [bytes(payload) for payload in payloads]))
+        tensors = [bytes(payload) for payload in payloads]
+        expected.append((id_, header.millis, header.rows, priority_of(header), tensors))
+    assert [each[3] for each in expected] == [priority for _, _, priority in calls]
     assert sent(core, requests) == expected
 
 
@@ -573,6 +621,8 @@ def test_what_is_alike_and_small_travels_together_and_nothing_else():
         assert [count for _, count in core.bundle([request, request])] == [1, 1]
     mixed = [small[0], small[1], alone[0], small[2], small[3]]
     assert [count for _, count in core.bundle(mixed)] == [2, 1, 2]
+    ranked = [core.request("m", rows(1), priority=each) for each in (None, None, 0, 0, 0, 3, 0)]
+    assert [count for _, count in core.bundle(ranked)] == [2, 3, 1, 1]
     assert list(core.bundle([])) == []
 
 

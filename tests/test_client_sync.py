@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import os
 import signal
@@ -11,13 +12,15 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pool import Client, wire
+from pool import AsyncClient, Client, Retry, wire
+from pool.client import dial
 from pool.errors import (
     Cancelled,
     ConfigError,
@@ -27,9 +30,20 @@ from pool.errors import (
     Overloaded,
     Unavailable,
     WireError,
+    WorkerLost,
 )
 from pool.wire import Flag, Header, Kind
-from tests.scripted_server import on_predict, refuse, result, rows, scripted_server
+from tests.scripted_server import (
+    ScriptedServer,
+    answer_properly,
+    in_turn,
+    never,
+    on_predict,
+    refuse,
+    result,
+    rows,
+    scripted_server,
+)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -75,10 +89,6 @@ def output_of(process: subprocess.Popen[str]) -> str:
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, "")
     return out
-
-
-def never(_header, _tensors):
-    return None
 
 
 # -- calls -----------------------------------------------------------------------------------------
@@ -307,6 +317,179 @@ def test_a_restarted_server_is_found_again(any_endpoint):
                     outputs = client.predict("m", rows(1))
             np.testing.assert_array_equal(outputs["y"], rows(1))
             assert again.kinds() == [Kind.PREDICT]
+
+
+# -- trying again ----------------------------------------------------------------------------------
+
+QUICK = Retry(first_pause=0.001, longest_pause=0.002)
+STOPPING = Unavailable("the server is stopping")
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """Let no pause of a busy machine decide which endpoint is used."""
+    monkeypatch.setattr(dial, "_AVOID_S", 3600.0)
+    monkeypatch.setattr(dial, "_GRACE_S", 3600.0)
+
+
+@contextlib.contextmanager
+def client_of_two(
+    prefix: str, first_answer, **kwargs
+) -> Iterator[tuple[Client, ScriptedServer, ScriptedServer]]:
+    """A client connected to the first of two servers; the second, which came later, answers properly."""
+    endpoints = [prefix + "1", prefix + "2"]
+    with scripted_server(endpoints[0]) as first, Client(endpoints, **kwargs) as client:
+        client.signature("m")
+        first.answer = first_answer
+        with scripted_server(endpoints[1]) as second:
+            yield client, first, second
+
+
+def test_without_a_policy_nothing_is_tried_again(endpoint):
+    with scripted_server(endpoint, refuse(Overloaded("full"))) as server, Client(endpoint) as client:
+        with pytest.raises(Overloaded, match=r"^full$"):
+            client.predict("m", rows(1))
+        assert server.kinds().count(Kind.PREDICT) == 1
+
+
+def test_what_was_refused_is_tried_again_with_what_remains_of_the_time(endpoint):
+    full = refuse(Overloaded("full", retry_after_ms=20))
+    with scripted_server(endpoint, in_turn(full, full, answer_properly)) as server:
+        with Client(endpoint, retry=QUICK, timeout=30) as client:
+            np.testing.assert_array_equal(client.predict("m", rows(1), priority=2)["y"], rows(1))
+        predicts = [each for each in server.requests if each.kind is Kind.PREDICT]
+        assert len(predicts) == len({each.id for each in predicts}) == 3
+        first, second, third = (each.millis for each in predicts)
+        assert 30_000 - 20 >= first - 20 >= second >= third + 20
+        assert [each.priority for each in predicts] == [2, 2, 2]
+
+
+def test_the_signature_is_asked_for_again_too(endpoint):
+    left = [Unavailable("model 'm' is loading")] * 2
+
+    def loading(header, tensors):
+        return [[wire.encode_error(header.id, left.pop())]] if left else answer_properly(header, tensors)
+
+    with scripted_server(endpoint, loading) as server, Client(endpoint) as client:
+        client.predict("m", rows(1), retry=QUICK)
+        assert server.kinds() == [Kind.SIGNATURE] * 3 + [Kind.PREDICT]
+
+
+def test_a_call_that_fails_after_all_says_how_often_it_was_tried(endpoint):
+    with (
+        scripted_server(endpoint, refuse(Overloaded("full", retry_after_ms=1))) as server,
+        Client(endpoint, retry=QUICK) as client,
+    ):
+        with pytest.raises(Overloaded, match=r"^full; gave up after 5 attempts over [\d.]+ s$") as caught:
+            client.predict("m", rows(1))
+        assert caught.value.retry_after_ms == 1
+        assert isinstance(caught.value.__cause__, Overloaded)
+        with pytest.raises(Overloaded, match=r"^full$"):
+            client.predict("m", rows(1), retry=Retry(attempts=1))
+        assert server.kinds().count(Kind.PREDICT) == 6
+
+
+def test_only_what_may_succeed_later_is_tried_again(endpoint):
+    lost = refuse(WorkerLost("killed by SIGSEGV"))
+    with (
+        scripted_server(endpoint, in_turn(lost, lost, answer_properly)) as server,
+        Client(endpoint) as client,
+    ):
+        with pytest.raises(WorkerLost, match=r"^killed by SIGSEGV$"):
+            client.predict("m", rows(1), retry=QUICK)
+        client.predict("m", rows(1), retry=Retry(first_pause=0.001, worker_lost=True))
+        assert server.kinds().count(Kind.PREDICT) == 3
+
+
+def test_advice_beyond_the_deadline_ends_the_call_at_once(endpoint):
+    script = refuse(Overloaded("full", retry_after_ms=30_000))
+    with scripted_server(endpoint, script) as server, Client(endpoint, retry=QUICK, timeout=20) as client:
+        with pytest.raises(Overloaded, match=r"^full$"):
+            client.predict("m", rows(1))
+        assert server.kinds().count(Kind.PREDICT) == 1
+
+
+def test_attempts_end_with_the_timeout(endpoint):
+    endless = Retry(attempts=1_000_000, first_pause=0.01, longest_pause=0.01)
+    with scripted_server(endpoint, refuse(Overloaded("full"))) as server, Client(endpoint) as client:
+        client.signature("m")
+        with pytest.raises((Overloaded, DeadlineExceeded), match="gave up after") as caught:
+            client.predict("m", rows(1), timeout=0.2, retry=endless)
+        assert isinstance(caught.value.__cause__, Overloaded)
+        left = [each.millis for each in server.requests if each.kind is Kind.PREDICT]
+        assert left == sorted(left, reverse=True)
+        assert 1 <= left[-1] < left[0] <= 200
+
+
+def test_closing_ends_the_pause(endpoint):
+    slow = Retry(first_pause=3600, longest_pause=3600)
+    full = refuse(Overloaded("full", retry_after_ms=3_600_000))
+    with scripted_server(endpoint, full) as server, ThreadPoolExecutor(1) as threads:
+        client = Client(endpoint, timeout=math.inf, retry=slow)
+        call = threads.submit(client.predict, "m", rows(1))
+        server.predicted.acquire()
+        client.close()
+        with pytest.raises(Cancelled):
+            call.result()
+
+
+# -- several servers -------------------------------------------------------------------------------
+
+
+def test_a_server_that_stops_is_left_for_another(endpoint):
+    with client_of_two(endpoint, refuse(STOPPING), retry=QUICK) as (client, first, second):
+        for _ in range(3):
+            np.testing.assert_array_equal(client.predict("m", rows(1))["y"], rows(1))
+        assert first.kinds() == [Kind.SIGNATURE, Kind.PREDICT]
+        assert second.kinds() == [Kind.PREDICT] * 3
+
+
+def test_without_a_policy_the_next_call_goes_elsewhere(endpoint):
+    with client_of_two(endpoint, refuse(STOPPING)) as (client, first, second):
+        with pytest.raises(Unavailable, match=r"^the server is stopping$"):
+            client.predict("m", rows(1))
+        client.predict("m", rows(1))
+        assert second.kinds() == [Kind.PREDICT]
+        assert first.kinds() == [Kind.SIGNATURE, Kind.PREDICT]
+
+
+def test_a_server_that_is_gone_is_left_for_another(endpoint):
+    with (
+        ThreadPoolExecutor(1) as threads,
+        client_of_two(endpoint, on_predict(never), retry=QUICK) as (client, first, second),
+    ):
+        call = threads.submit(client.predict, "m", rows(1))
+        first.predicted.acquire()
+        first.stop()
+        np.testing.assert_array_equal(call.result()["y"], rows(1))
+        assert second.kinds() == [Kind.PREDICT]
+
+
+def test_a_server_that_is_unavailable_is_used_if_there_is_no_other(endpoint):
+    endpoints = [endpoint + "2", endpoint]
+    with scripted_server(endpoint, refuse(STOPPING)) as server, Client(endpoints, retry=QUICK) as client:
+        with pytest.raises(Unavailable, match="stopping; gave up after 5 attempts"):
+            client.predict("m", rows(1))
+        assert server.kinds() == [Kind.SIGNATURE] + [Kind.PREDICT] * 5
+        server.answer = answer_properly
+        client.predict("m", rows(1))
+
+
+def test_where_all_are_unavailable_calls_do_not_hurry_from_one_to_the_next(endpoint):
+    with client_of_two(endpoint, refuse(STOPPING), retry=QUICK) as (client, first, second):
+        second.answer = refuse(STOPPING)
+        for _ in range(4):
+            with pytest.raises(Unavailable, match="gave up after 5 attempts"):
+                client.predict("m", rows(1))
+        assert first.kinds().count(Kind.PREDICT) + second.kinds().count(Kind.PREDICT) == 20
+        assert len(client._idle) == 2
+
+
+def test_both_clients_are_called_alike():
+    for name in ("__init__", "predict", "signature", "models", "status", "live", "ready"):
+        plain, other = (inspect.signature(getattr(kind, name)) for kind in (Client, AsyncClient))
+        assert plain == other
+    assert Client.predict.__doc__.partition("Args:")[2] == AsyncClient.predict.__doc__.partition("Args:")[2]
 
 
 # -- servers that talk nonsense --------------------------------------------------------------------

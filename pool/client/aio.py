@@ -5,16 +5,18 @@ The calls; how requests and replies travel is the business of its `Exchange`.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from pool.client.connection import endpoints_of
 from pool.client.conversion import Array
 from pool.client.core import ClientCore, ModelInfo, Request, check_timeout, timeout_to_ms
+from pool.client.dial import Preference, endpoints_of
 from pool.client.exchange import Exchange
 from pool.client.reply import read_flag, read_models
-from pool.errors import DeadlineExceeded, Unavailable
+from pool.client.retry import Attempts, Retry
+from pool.errors import DeadlineExceeded, PoolError, Unavailable
 
 
 class AsyncClient:
@@ -22,11 +24,13 @@ class AsyncClient:
 
     Args:
         endpoint: `ipc:///path` or `tcp://host:port` of the server; a list of those is tried all at
-            once and the first in it that answers is used; None for `default_endpoint()`.
+            once and the first in it that answers is used, but one that was `Unavailable` a short while
+            ago only if there is no other; None for `default_endpoint()`.
         timeout: Longest a call may take, in seconds, unless it says otherwise; `math.inf` for ever.
         connect_timeout: Longest to wait for a server to be there, in seconds.
         cast: `"safe"` makes lossless casts of inputs only (int32 to int64, float32 to float64);
             `"same_kind"` also float64 to float32 and the like.
+        retry: Which failed predictions are made again, and when; None for none of them.
 
     Raises:
         ConfigError: an endpoint is not well formed.
@@ -43,13 +47,15 @@ class AsyncClient:
         timeout: float = 60.0,
         connect_timeout: float = 5.0,
         cast: str = "safe",
+        retry: Retry | None = None,
     ) -> None:
-        endpoints = endpoints_of(endpoint)
+        preference = Preference(endpoints_of(endpoint))
         self._timeout = check_timeout(timeout)
         self._timeout_ms = timeout_to_ms(timeout)
         self._connect_timeout = check_timeout(connect_timeout)
         self._core = ClientCore(cast=cast)
-        self._exchange = Exchange(self._core, endpoints, self._connect_timeout)
+        self._exchange = Exchange(self._core, preference, self._connect_timeout)
+        self._retry = retry
 
     # -- calls -------------------------------------------------------------------------------------
 
@@ -63,8 +69,10 @@ class AsyncClient:
         outputs: Sequence[str] | None = None,
         timeout: float | None = None,
         cast: str | None = None,
+        priority: int | None = None,
+        retry: Retry | None = None,
     ) -> dict[str, Array]:
-        """Run a model on a batch of rows; cancelling the call gives the request up.
+        """Run a model on a batch of rows; cancelling the call withdraws the request.
 
         Args:
             model: Name of the model.
@@ -75,14 +83,16 @@ class AsyncClient:
             outputs: Names of those wanted; None for all.
             timeout: Seconds for this call; None for the client's own.
             cast: For this call; None for the client's own.
+            priority: 0 (first) to 3 (background work); None for what the server gives the model.
+            retry: For this call; None for the client's own. `Retry(attempts=1)` is no retry.
 
         Returns:
             Name -> array of shape [rows, ...], writable and the caller's own. Strings are object
             arrays of `bytes`.
 
         Raises:
-            InvalidInput: an input has a wrong name, dtype, rank or shape (nothing was sent);
-                TooLarge if it has too many rows.
+            InvalidInput: an input has a wrong name, dtype, rank or shape, or the priority is wrong
+                (nothing was sent); TooLarge if it has too many rows.
             ModelNotFound, VersionNotFound, SignatureNotFound: there is no such thing to call.
             ModelError: the model raised. WorkerLost: its process died.
             Overloaded: no room; try again after `retry_after_ms`.
@@ -91,31 +101,42 @@ class AsyncClient:
             Cancelled: the client was closed.
             WireError: what answered is not a pool server of this protocol.
             InternalError: a defect in the server.
+            After several attempts, it is the last one's error; its sentence says how many there were, its
+            `__cause__` is the error before it.
         """
         timeout_ms = self._timeout_ms
         if timeout is None:
             timeout = self._timeout
         else:
             timeout_ms = timeout_to_ms(check_timeout(timeout))
-        deadline = self._exchange.running_loop().time() + timeout
+        loop = self._exchange.running_loop()
+        began = loop.time()
+        deadline = began + timeout
+        retry = self._retry if retry is None else retry
+        attempts = None if retry is None else Attempts(retry, began, deadline)
         while True:
-            request = self._core.request(
-                model,
-                inputs,
-                version=version,
-                signature=signature,
-                outputs=outputs,
-                timeout_ms=timeout_ms,
-                cast=cast,
-            )
-            if request is not None:
-                break
-            await self._learn(model, version, timeout, deadline)
-            timeout_ms = timeout_to_ms(deadline - self._exchange.running_loop().time())
-        reply = await self._exchange.reply_to(request, timeout, deadline)
-        if reply.error is not None:
-            self._core.note_refusal(model, reply.error)
-        return reply.take_outputs()
+            try:
+                request = self._core.request(
+                    model,
+                    inputs,
+                    version=version,
+                    signature=signature,
+                    outputs=outputs,
+                    timeout_ms=timeout_ms,
+                    cast=cast,
+                    priority=priority,
+                )
+                if request is not None:
+                    reply = await self._exchange.reply_to(request, timeout, deadline)
+                    if reply.error is not None:
+                        self._core.note_refusal(model, reply.error)
+                    return reply.take_outputs()
+                await self._learn(model, version, timeout, deadline)
+            except PoolError as e:
+                if attempts is None:
+                    raise
+                await self._exchange.pause(attempts.pause_after(e, loop.time(), random.random()))
+            timeout_ms = timeout_to_ms(deadline - loop.time())
 
     async def signature(
         self, model: str, version: int | None = None, *, timeout: float | None = None

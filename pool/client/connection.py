@@ -17,8 +17,7 @@ from typing import Any, cast
 import zmq
 
 from pool.client.route import Frame
-from pool.endpoints import check_endpoint, default_endpoint
-from pool.errors import ConfigError, DeadlineExceeded, PoolError, Unavailable, WireError
+from pool.errors import Unavailable, WireError
 from pool.wire import Kind
 
 # From here, to have ZeroMQ keep hold of a frame (a trip through pyzmq's collector thread) costs less than a
@@ -40,28 +39,6 @@ _TCP_KEEPALIVE_IDLE_S, _TCP_KEEPALIVE_INTERVAL_S, _TCP_KEEPALIVE_COUNT = 10, 5, 
 _RECONNECT_MS, _RECONNECT_MAX_MS = 20, 200
 
 
-def endpoints_of(endpoint: str | Sequence[str] | None) -> tuple[str, ...]:
-    """A client's `endpoint` argument as the endpoints to try.
-
-    Raises:
-        ConfigError: one is not well formed, or there is none.
-    """
-    if endpoint is None:
-        endpoint = default_endpoint()
-    endpoints = (endpoint,) if isinstance(endpoint, str) else tuple(endpoint)
-    if not endpoints:
-        raise ConfigError("endpoint is an empty list; wanted at least one endpoint")
-    for each in endpoints:
-        check_endpoint(each)
-    return endpoints
-
-
-def not_connected(endpoints: Sequence[str], connect_timeout: float, timeout: float) -> PoolError:
-    """The error of a call that met no server: whichever of its two limits was the shorter."""
-    nobody = f"no pool server answered at {', '.join(endpoints)} within {min(connect_timeout, timeout):g} s"
-    return DeadlineExceeded(nobody) if timeout < connect_timeout else Unavailable(nobody)
-
-
 class Connection:
     """A DEALER socket and its monitor.
 
@@ -70,6 +47,7 @@ class Connection:
         socket: The DEALER; carries messages of `docs/wire.md`.
         monitor: Readable when something happened to the connection: ask `is_connected` then, and once
             that was true, `is_broken`.
+        has_failed: Whether an attempt to connect had failed when `is_connected` was last asked. It tries on.
 
     Raises:
         Unavailable: no socket could be made (file descriptors used up).
@@ -85,11 +63,12 @@ class Connection:
             raise Unavailable(f"no connection to {endpoint}: {e}") from e
         try:
             self._set_up(endpoint)
-            events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+            events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
             address = f"inproc://pool-monitor-{next(_monitor_numbers)}"
             self.monitor = self.socket.get_monitor_socket(events, address)
             self.monitor.linger = 0
             self._stands = False
+            self.has_failed = False
             self.socket.connect(endpoint)
             # pyzmq's Python layer over send costs 0.65 µs a frame; what it would check does not apply here.
             self._send: Callable[..., Any] = super(zmq.Socket, self.socket).send
@@ -119,6 +98,7 @@ class Connection:
         for event in self._news():
             # An attempt that fails in its handshake is reported as a disconnection too; the last word counts.
             self._stands = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            self.has_failed = not self._stands
         return self._stands
 
     def is_broken(self) -> bool:

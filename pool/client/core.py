@@ -50,13 +50,25 @@ from pool.wire import Flag, Kind, SignatureMeta
 Request = tuple[int, list[Frame]]
 
 _PREDICT_HEAD = wire.head(Kind.PREDICT)
-_PREDICT_BUNDLE_HEAD = wire.head(Kind.PREDICT, Flag.BUNDLE)
+_PRIORITY_HEADS = tuple(
+    wire.head(Kind.PREDICT, Flag.PRIORITY, priority) for priority in range(wire.MAX_PRIORITY + 1)
+)
+# Of a request that travels alone to that of a bundle of such.
+_BUNDLE_HEADS = {
+    _PREDICT_HEAD: wire.head(Kind.PREDICT, Flag.BUNDLE),
+    **{
+        head: wire.head(Kind.PREDICT, Flag.BUNDLE | Flag.PRIORITY, priority)
+        for priority, head in enumerate(_PRIORITY_HEADS)
+    },
+}
+_CANCEL_HEAD = wire.head(Kind.CANCEL)
 _NO_LIMIT = 0xFFFF_FFFF  # of the wire's 32-bit milliseconds
 
 # Most payload of a bundle: more does not make a request cheaper, and keeps the server waiting for it.
 _BUNDLE_BYTES = 262_144
 
 _pack = wire.HEAD.pack
+_ndarray = np.ndarray  # one look-up instead of two, for each request
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
@@ -116,6 +128,7 @@ class ClientCore(ReplyDecoder):
         outputs: Sequence[str] | None = None,
         timeout_ms: int = 0,
         cast: str | None = None,
+        priority: int | None = None,
     ) -> Request | None:
         """Check a prediction and encode it.
 
@@ -127,13 +140,15 @@ class ClientCore(ReplyDecoder):
             outputs: Names of the outputs wanted, in the order wanted; None for all.
             timeout_ms: What remains of the caller's patience, for the server; 0 for no limit.
             cast: Overrides the core's own for this request.
+            priority: 0 (first) to 3; None for what the server gives the model.
 
         Returns:
             The request's id and the frames of its message; None if the signature has to be learnt
             first. Frames over `COPY_BYTES` alias the caller's arrays.
 
         Raises:
-            InvalidInput: a name, dtype, rank, shape or row count is wrong; TooLarge if too many rows.
+            InvalidInput: a name, dtype, rank, shape, row count or the priority is wrong; TooLarge if too
+                many rows.
             SignatureNotFound: the model has no such signature.
             After either, the model's signature is forgotten, in case it was replaced on the server.
         """
@@ -149,12 +164,13 @@ class ClientCore(ReplyDecoder):
         array = inputs
         if type(array) is dict and len(array) == 1:
             array = array.get(route.sole_name)
-        if type(array) is np.ndarray and array.dtype is route.sole_dtype:
+        if type(array) is _ndarray and array.dtype is route.sole_dtype:
             shape = array.shape
             meta = route.metas.get(shape[1:])
             if meta is not None and shape and shape[0] <= route.max_rows and array.nbytes <= COPY_BYTES:
+                head = _PREDICT_HEAD if priority is None else _priority_head(priority)
                 id_ = next(self._ids)
-                return id_, [_pack(_PREDICT_HEAD, id_, timeout_ms, shape[0]) + meta, array.tobytes()]
+                return id_, [_pack(head, id_, timeout_ms, shape[0]) + meta, array.tobytes()]
         allowed = self._cast if cast is None else check_cast(cast)
         try:
             rows, meta, frames = route.encode(inputs, allowed)
@@ -163,8 +179,9 @@ class ClientCore(ReplyDecoder):
             raise
         if route.is_joinable:
             remember(self._joinable, meta, min(_BUNDLE_BYTES, route.max_frame_bytes))
+        head = _PREDICT_HEAD if priority is None else _priority_head(priority)
         id_ = next(self._ids)
-        return id_, [_pack(_PREDICT_HEAD, id_, timeout_ms, rows) + meta, *frames]
+        return id_, [_pack(head, id_, timeout_ms, rows) + meta, *frames]
 
     def bundle(self, requests: Sequence[Request]) -> Iterator[tuple[list[Frame], int]]:
         """Messages that carry these requests, in order: neighbours that are alike travel together.
@@ -179,23 +196,26 @@ class ClientCore(ReplyDecoder):
         first, count = 0, len(requests)
         while first < count:
             header, *tensors = requests[first][1]
-            meta = header[wire.FIXED_BYTES :]
+            head, meta = header[: wire.HEAD_BYTES], header[wire.FIXED_BYTES :]
             end = first + 1
             size = sum(map(len, tensors))
             room = self._joinable.get(meta)
             if room is not None and size <= COPY_BYTES:
                 most = min(count, first + wire.MAX_PARTS)
                 while end < most:
-                    other, *others = requests[end][1]
-                    added = sum(map(len, others))
-                    if added > COPY_BYTES or size + added > room or other[wire.FIXED_BYTES :] != meta:
+                    frames = requests[end][1]
+                    other = frames[0]
+                    if other[: wire.HEAD_BYTES] != head or other[wire.FIXED_BYTES :] != meta:
+                        break
+                    added = sum(map(len, frames)) - len(other)
+                    if added > COPY_BYTES or size + added > room:
                         break
                     size += added
                     end += 1
             if end == first + 1:
                 yield requests[first][1], 1
             else:
-                yield _join([frames for _, frames in requests[first:end]], meta), end - first
+                yield _join([frames for _, frames in requests[first:end]], head, meta), end - first
             first = end
 
     def signature_request(self, model: str, version: int | None = None) -> Request:
@@ -221,6 +241,10 @@ class ClientCore(ReplyDecoder):
     def ready_request(self, model: str | None = None) -> Request:
         """Ask whether a model, or with None every model, can answer predictions."""
         return self._plain_request(Kind.READY, _model_meta(model or "", None))
+
+    def cancel(self, id_: int) -> list[Frame]:
+        """The message that withdraws a request that was sent (`docs/wire.md` 3.10); it has no reply."""
+        return [_pack(_CANCEL_HEAD, id_, 0, 0)]
 
     def _plain_request(self, kind: Kind, meta: bytes = b"") -> Request:
         id_ = next(self._ids)
@@ -280,12 +304,20 @@ class ClientCore(ReplyDecoder):
         return route
 
 
-def _join(messages: list[list[Frame]], meta: bytes) -> list[Frame]:
-    """One message for requests that share a meta."""
+def _priority_head(priority: int) -> bytes:
+    if not isinstance(priority, int) or not 0 <= priority <= wire.MAX_PRIORITY:
+        raise InvalidInput(
+            f"priority is {priority!r}; wanted a number from 0 (first) to {wire.MAX_PRIORITY}, or None"
+        )
+    return _PRIORITY_HEADS[priority]
+
+
+def _join(messages: list[list[Frame]], head: bytes, meta: bytes) -> list[Frame]:
+    """One message for requests that share kind, priority and meta."""
     table = b"".join([message[0][wire.HEAD_BYTES : wire.FIXED_BYTES] for message in messages])
     rows = sum([part[2] for part in wire.PART.iter_unpack(table)])
     columns = zip(*[message[1:] for message in messages], strict=True)
-    return [_pack(_PREDICT_BUNDLE_HEAD, 0, 0, rows) + meta, table, *map(b"".join, columns)]
+    return [_pack(_BUNDLE_HEADS[head], 0, 0, rows) + meta, table, *map(b"".join, columns)]
 
 
 def check_timeout(timeout: float) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import threading
 import time
 from collections.abc import Sequence
@@ -17,11 +18,13 @@ from typing import Any
 
 import zmq
 
-from pool.client.connection import Connection, endpoints_of, not_connected
+from pool.client.connection import Connection
 from pool.client.conversion import Array
 from pool.client.core import ClientCore, ModelInfo, Request, check_timeout, timeout_to_ms
+from pool.client.dial import Dial, Preference, endpoints_of, not_connected
 from pool.client.reply import Reply, read_flag, read_models
-from pool.errors import Cancelled, DeadlineExceeded, Unavailable
+from pool.client.retry import Attempts, Retry
+from pool.errors import Cancelled, DeadlineExceeded, PoolError, Unavailable
 
 # Idle connections kept. Each has 4 file descriptors; a burst of more threads than this opens and closes some.
 _MAX_IDLE = 64
@@ -36,11 +39,13 @@ class Client:
 
     Args:
         endpoint: `ipc:///path` or `tcp://host:port` of the server; a list of those is tried all at
-            once and the first in it that answers is used; None for `default_endpoint()`.
+            once and the first in it that answers is used, but one that was `Unavailable` a short while
+            ago only if there is no other; None for `default_endpoint()`.
         timeout: Longest a call may take, in seconds, unless it says otherwise; `math.inf` for ever.
         connect_timeout: Longest to wait for a server to be there, in seconds.
         cast: `"safe"` makes lossless casts of inputs only (int32 to int64, float32 to float64);
             `"same_kind"` also float64 to float32 and the like.
+        retry: Which failed predictions are made again, and when; None for none of them.
 
     Raises:
         ConfigError: an endpoint is not well formed.
@@ -57,11 +62,14 @@ class Client:
         timeout: float = 60.0,
         connect_timeout: float = 5.0,
         cast: str = "safe",
+        retry: Retry | None = None,
     ) -> None:
-        self._endpoints = endpoints_of(endpoint)
+        self._preference = Preference(endpoints_of(endpoint))
         self._timeout = check_timeout(timeout)
         self._connect_timeout = check_timeout(connect_timeout)
         self._core = ClientCore(cast=cast)
+        self._retry = retry
+        self._closing = threading.Event()  # for those who pause
         self._lock = threading.Lock()  # over all below
         self._idle: list[Connection] = []
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
@@ -81,8 +89,10 @@ class Client:
         outputs: Sequence[str] | None = None,
         timeout: float | None = None,
         cast: str | None = None,
+        priority: int | None = None,
+        retry: Retry | None = None,
     ) -> dict[str, Array]:
-        """Run a model on a batch of rows.
+        """Run a model on a batch of rows. A request whose timeout passes is withdrawn.
 
         Args:
             model: Name of the model.
@@ -93,14 +103,16 @@ class Client:
             outputs: Names of those wanted; None for all.
             timeout: Seconds for this call; None for the client's own.
             cast: For this call; None for the client's own.
+            priority: 0 (first) to 3 (background work); None for what the server gives the model.
+            retry: For this call; None for the client's own. `Retry(attempts=1)` is no retry.
 
         Returns:
             Name -> array of shape [rows, ...], writable and the caller's own. Strings are object
             arrays of `bytes`.
 
         Raises:
-            InvalidInput: an input has a wrong name, dtype, rank or shape (nothing was sent);
-                TooLarge if it has too many rows.
+            InvalidInput: an input has a wrong name, dtype, rank or shape, or the priority is wrong
+                (nothing was sent); TooLarge if it has too many rows.
             ModelNotFound, VersionNotFound, SignatureNotFound: there is no such thing to call.
             ModelError: the model raised. WorkerLost: its process died.
             Overloaded: no room; try again after `retry_after_ms`.
@@ -109,28 +121,38 @@ class Client:
             Cancelled: the client was closed.
             WireError: what answered is not a pool server of this protocol.
             InternalError: a defect in the server.
+            After several attempts, it is the last one's error; its sentence says how many there were, its
+            `__cause__` is the error before it.
         """
         timeout = self._timeout if timeout is None else check_timeout(timeout)
-        deadline = time.monotonic() + timeout
+        began = time.monotonic()
+        deadline = began + timeout
         timeout_ms = timeout_to_ms(timeout)
+        retry = self._retry if retry is None else retry
+        attempts = None if retry is None else Attempts(retry, began, deadline)
         while True:
-            request = self._core.request(
-                model,
-                inputs,
-                version=version,
-                signature=signature,
-                outputs=outputs,
-                timeout_ms=timeout_ms,
-                cast=cast,
-            )
-            if request is not None:
-                break
-            self._learn(model, version, timeout, deadline)
+            try:
+                request = self._core.request(
+                    model,
+                    inputs,
+                    version=version,
+                    signature=signature,
+                    outputs=outputs,
+                    timeout_ms=timeout_ms,
+                    cast=cast,
+                    priority=priority,
+                )
+                if request is not None:
+                    reply = self._exchange(request, timeout, deadline)
+                    if reply.error is not None:
+                        self._core.note_refusal(model, reply.error)
+                    return reply.take_outputs()
+                self._learn(model, version, timeout, deadline)
+            except PoolError as e:
+                if attempts is None:
+                    raise
+                self._closing.wait(attempts.pause_after(e, time.monotonic(), random.random()))
             timeout_ms = timeout_to_ms(deadline - time.monotonic())
-        reply = self._exchange(request, timeout, deadline)
-        if reply.error is not None:
-            self._core.note_refusal(model, reply.error)
-        return reply.take_outputs()
 
     def signature(self, model: str, version: int | None = None, *, timeout: float | None = None) -> ModelInfo:
         """What a model takes and gives, asked of the server anew.
@@ -185,6 +207,7 @@ class Client:
             self._closed = True
             idle, self._idle = self._idle, []
             context, self._context = self._context, None
+        self._closing.set()
         if context is None or self._pid != os.getpid():
             return
         for connection in idle:
@@ -228,6 +251,8 @@ class Client:
                 raise
         except zmq.ContextTerminated:
             raise Cancelled("the client was closed") from None
+        if isinstance(reply.error, Unavailable):
+            self._preference.avoid(connection.endpoint, time.monotonic())
         self._put_back(connection)
         return reply
 
@@ -244,6 +269,7 @@ class Client:
                 if reply.id == id_:
                     return reply
             elif is_broken:
+                self._preference.avoid(connection.endpoint, time.monotonic())
                 raise Unavailable(f"the server at {connection.endpoint} went away before it answered")
             elif ready:
                 is_broken = connection.is_broken()
@@ -257,12 +283,20 @@ class Client:
         while True:
             with self._lock:
                 context = self._own_context()
-                connection = self._idle.pop() if self._idle else None
+                connection = self._pop_idle()
             if connection is None:
                 return self._dial(context, timeout, deadline)
             if not connection.is_broken():
                 return connection
             connection.close()
+
+    def _pop_idle(self) -> Connection | None:
+        """The connection used last whose endpoint is as good as any. Called with the lock held."""
+        now = time.monotonic()
+        for i in reversed(range(len(self._idle))):
+            if not self._preference.has_better(self._idle[i].endpoint, now):
+                return self._idle.pop(i)
+        return None
 
     def _own_context(self) -> zmq.Context[zmq.Socket[bytes]]:
         """This process's context, made when first needed. Called with the lock held."""
@@ -279,21 +313,20 @@ class Client:
 
     def _dial(self, context: zmq.Context[zmq.Socket[bytes]], timeout: float, deadline: float) -> Connection:
         patience = min(deadline, time.monotonic() + self._connect_timeout)
-        dialled: list[Connection] = []
+        dial = Dial(context, self._preference, time.monotonic())
         try:
-            for endpoint in self._endpoints:
-                dialled.append(Connection(context, endpoint))
             while True:
-                zmq.zmq_poll([(each.monitor, zmq.POLLIN) for each in dialled], _poll_ms(patience))
-                for connection in dialled:
-                    if connection.is_connected():
-                        dialled.remove(connection)
-                        return connection
-                if time.monotonic() >= patience:
-                    raise not_connected(self._endpoints, self._connect_timeout, timeout)
+                now = time.monotonic()
+                until = min(patience, dial.decides_at) if now < dial.decides_at else patience
+                zmq.zmq_poll([(each.monitor, zmq.POLLIN) for each in dial.connections], _poll_ms(until))
+                now = time.monotonic()
+                connection = dial.take(now)
+                if connection is not None:
+                    return connection
+                if now >= patience:
+                    raise not_connected(self._preference.endpoints, self._connect_timeout, timeout)
         finally:
-            for connection in dialled:
-                connection.close()
+            dial.close()
 
     def _put_back(self, connection: Connection) -> None:
         with self._lock:
