@@ -72,7 +72,7 @@ class Flag(enum.IntFlag):
     """Bits of the header's `flags` (section 2.3)."""
 
     WHOLE = 0x0001  # RESULT: the shapes are whole tensors, not rows of a batch
-    BUNDLE = 0x0002  # PREDICT, RESULT: the message stands for several requests (section 3.9)
+    BUNDLE = 0x0002  # PREDICT, RESULT, ERROR: the message stands for several (section 3.9)
     PRIORITY = 0x0004  # PREDICT: the priority byte is meant; without it the model's default holds
 
 
@@ -200,6 +200,8 @@ def decode_header(frame: bytes) -> Header:
         raise WireError(f"{known.name} header frame has {size} bytes; wanted at most {limit}")
     if priority > MAX_PRIORITY:
         raise WireError(f"priority {priority}; wanted 0 to {MAX_PRIORITY}")
+    if priority and not flags & Flag.PRIORITY:
+        raise WireError(f"priority {priority} without the flag PRIORITY; wanted 0")
     if reserved:
         raise WireError(f"reserved header byte is {reserved}; wanted 0")
     return Header(known, id_, frame[FIXED_BYTES:], millis, rows, priority, flags)
@@ -236,6 +238,12 @@ def split_parts(table: memoryview | bytes, rows: int) -> list[tuple[int, int, in
     if total != rows:
         raise WireError(f"the parts of a bundle have {total} rows; its header says {rows}")
     return parts
+
+
+def encode_ids(ids: Sequence[int]) -> bytes:
+    """The table of a bundle of ERRORs."""
+    pack = PART.pack
+    return b"".join([pack(id_, 0, 0) for id_ in ids])
 
 
 # -- meta ------------------------------------------------------------------------------------------
@@ -310,12 +318,16 @@ def encode_error(id_: int, error: PoolError) -> bytes:
 
     A sentence that is too long (a model's own can be) is cut; what is not Unicode in it is replaced.
     """
+    meta = encode_error_meta(error)
+    return encode_header(Header(Kind.ERROR, id_, meta, millis=error.retry_after_ms or 0))
+
+
+def encode_error_meta(error: PoolError) -> bytes:
+    """The msgpack part of an ERROR."""
     message = error.message
     if len(message) > MAX_MESSAGE_CHARS:
         message = message[: MAX_MESSAGE_CHARS - 1] + "…"
-    message = message.encode("utf-8", "replace").decode()
-    meta = _encode(ErrorMeta(error.code, message))
-    return encode_header(Header(Kind.ERROR, id_, meta, millis=error.retry_after_ms or 0))
+    return _encode(ErrorMeta(error.code, message.encode("utf-8", "replace").decode()))
 
 
 def decode_error(header: Header) -> PoolError:

@@ -18,7 +18,7 @@ from pool.errors import PoolError
 from pool.front.generation import Generation
 from pool.front.replies import Reply
 from pool.front.route import Route
-from pool.front.slots import Slot, Ticket
+from pool.front.slots import Account, Slot, Ticket
 from pool.shm.arena import Arena
 from pool.shm.control import LoadReport
 from pool.shm.doorbell import Message, Ring
@@ -144,6 +144,7 @@ class Rig:
         self.batcher = served.batcher
         self.model = model or NumpyModel()
         self.sink = Collector()
+        self.account = Account()
         # A worker maps the arena by itself; here both ends may share one map.
         arena = Arena.__new__(Arena)
         arena.__dict__ |= served.arena.__dict__
@@ -176,8 +177,7 @@ class Rig:
         return self.generation.resolve(PredictMeta("m", None, name, tuple(metas), chosen))
 
     def ticket(self, id_: Any, route: Route, rows: int, deadline: float = inf) -> Ticket:
-        account = self.generation.account(b"client")
-        return Ticket(self.sink, b"client", id_, route, rows, deadline, self.now, route.key, account)
+        return Ticket(self.sink, b"client", id_, route, rows, deadline, self.now, route.key, self.account)
 
     def place(self, id_: Any, inputs: dict[str, Array], **keywords: Any) -> Ticket:
         """Admit a request; raises what `Generation.place` raises."""

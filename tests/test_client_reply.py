@@ -173,6 +173,23 @@ def test_replies_of_a_bundle_come_apart():
     assert alone.id == 1
 
 
+def test_requests_refused_together_have_an_error_each():
+    first, second = ReplyDecoder().receive_all(documented_messages()["ERROR bundle"])
+    assert (first.id, second.id) == (3, 4)
+    for reply in (first, second):
+        with pytest.raises(Overloaded, match="no room") as caught:
+            reply.take_outputs()
+        assert caught.value.retry_after_ms == 20
+    assert first.error is not second.error
+
+
+@pytest.mark.parametrize("table", [b"", bytes(15), wire.PART.pack(1, 0, 1)])
+def test_errors_whose_table_says_nothing_end_the_connection(table):
+    header, _ = documented_messages()["ERROR bundle"]
+    with pytest.raises(WireError, match="bundle"):
+        ReplyDecoder().receive_all([header, table])
+
+
 def test_large_replies_of_a_bundle_do_not_keep_each_other():
     count, width = 3, 30_000
     meta = wire.encode_meta(ResultMeta(1, (TensorMeta("y", "uint8", (width,)),)))

@@ -4,7 +4,6 @@ socket goes on."""
 from __future__ import annotations
 
 import contextlib
-import itertools
 import struct
 
 import numpy as np
@@ -17,6 +16,7 @@ from pool import Client, errors, wire
 from pool.signature import DTYPES
 from pool.wire import Flag, Header, Kind, PredictMeta, SignatureMeta, TensorMeta
 from tests import models
+from tests.raw import Raw, ids
 
 CONFIG = """
 [models.linear]
@@ -50,8 +50,6 @@ max_rows_bytes = 4194304
 """
 NAMES = ("names", "unknown_rank", "strings", "fixed_rows", "raising", "unknown_dims")
 MAX_MESSAGE_BYTES = 1 << 21
-ANSWER_TIMEOUT_MS = 20_000
-ids = itertools.count(1 << 40)
 
 
 @pytest.fixture(scope="module")
@@ -62,25 +60,13 @@ def server(start_server, tmp_path_factory):
         yield running
 
 
-class Raw:
-    """A DEALER that sends any frames."""
-
-    def __init__(self, endpoint):
-        self._context = zmq.Context()
-        self.socket = self._context.socket(zmq.DEALER)
-        self.socket.linger = 0
-        self.socket.rcvtimeo = ANSWER_TIMEOUT_MS
-        self.socket.connect(endpoint)
-
-    def close(self):
-        self.socket.close()
-        self._context.term()
+class Asking(Raw):
+    """A connection that asks one thing at a time."""
 
     def ask(self, frames):
         """Send a message, and give the one answer that comes before that to a LIVE sent after it."""
-        marker = next(ids)
         self.socket.send_multipart(frames)
-        self.socket.send(wire.encode_header(Header(Kind.LIVE, marker, b"")))
+        marker = self.send_kind(Kind.LIVE)
         answers = []
         while True:
             answer = self.socket.recv_multipart()
@@ -114,7 +100,7 @@ class Raw:
 
 @pytest.fixture(scope="module")
 def connection(server):
-    made = Raw(server.endpoint)
+    made = Asking(server.endpoint)
     yield made
     made.close()
 
@@ -368,10 +354,9 @@ def test_a_bundle_with_such_a_frame_is_refused_for_each_of_its_requests(raw):
     table = b"".join(wire.PART.pack(id_, 0, 1) for id_ in mine)
     header = Header(Kind.PREDICT, 0, meta, rows=2, flags=int(Flag.BUNDLE))
     raw.socket.send_multipart([wire.encode_header(header), table, b"\0" * (8 * items)])
-    for id_ in mine:
-        decoded = wire.decode_header(raw.socket.recv())
-        assert decoded.id == id_
-        assert isinstance(wire.decode_error(decoded), errors.TooLarge)
+    found = raw.collect(2)
+    assert list(found) == mine
+    assert all(type(error) is errors.TooLarge for error in found.values())
 
 
 def test_a_client_refuses_such_a_frame_before_a_byte_leaves(server):
@@ -384,7 +369,7 @@ def test_a_client_refuses_such_a_frame_before_a_byte_leaves(server):
 
 
 def test_a_frame_of_more_than_twice_that_ends_the_connection_and_the_next_one_works(server):
-    raw = Raw(server.endpoint)
+    raw = Asking(server.endpoint)
     raw.works()
     raw.socket.rcvtimeo = 0
     raw.socket.send_multipart([linear()[0], b"\0" * (2 * MAX_MESSAGE_BYTES + 1)])
@@ -397,7 +382,7 @@ def test_a_frame_of_more_than_twice_that_ends_the_connection_and_the_next_one_wo
 
 def test_a_client_that_leaves_without_its_answers_harms_nobody(server, raw):
     for _ in range(3):
-        leaving = Raw(server.endpoint)
+        leaving = Asking(server.endpoint)
         for _ in range(3):
             leaving.socket.send_multipart(linear())
         leaving.close()
@@ -436,25 +421,10 @@ def columns(rows):
 def answers_by_id(raw, frames, count):
     """What comes back for each request of a bundle: its rows of `a`, or its error."""
     raw.socket.send_multipart(frames)
-    found = {}
-    while len(found) < count:
-        header, *rest = raw.socket.recv_multipart()
-        decoded = wire.decode_header(header)
-        if decoded.kind is Kind.ERROR:
-            assert decoded.id not in found
-            found[decoded.id] = wire.decode_error(decoded)
-            continue
-        assert decoded.kind is Kind.RESULT
-        parts = [(decoded.id, 0, decoded.rows)]
-        if decoded.flags & Flag.BUNDLE:
-            table, *rest = rest
-            parts = wire.split_parts(table, decoded.rows)
-        values, at = np.frombuffer(rest[0], np.float32).tolist(), 0
-        for id_, _, rows in parts:
-            assert id_ not in found
-            found[id_] = values[at : at + rows]
-            at += rows
-    return found
+    return {
+        id_: np.frombuffer(answer[0], np.float32).tolist() if isinstance(answer, list) else answer
+        for id_, answer in raw.collect(count).items()
+    }
 
 
 @pytest.mark.parametrize("sizes", [[1], [1, 1, 1], [3, 0, 5, 0], [8, 0, 0], [20, 1], [1] * 32])

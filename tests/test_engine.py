@@ -19,7 +19,7 @@ from pool.errors import (
     VersionNotFound,
 )
 from pool.front.engine import Engine
-from pool.front.slots import Ticket
+from pool.front.slots import Account, Ticket
 from pool.wire import PredictMeta, TensorMeta
 from tests import models
 from tests.rig import Collector
@@ -73,9 +73,7 @@ META = PredictMeta("root", None, None, (TensorMeta("x", "float32", ()),))
 def place(engine, sink, id_, *values, timeout=inf):
     now = time.monotonic()
     route = engine.resolve(META)
-    ticket = Ticket(
-        sink, None, id_, route, len(values), now + timeout, now, route.key, route.generation.account(None)
-    )
+    ticket = Ticket(sink, None, id_, route, len(values), now + timeout, now, route.key, Account())
     route.generation.place(ticket, [np.array(values, np.float32).tobytes()], now)
     engine.flush(route.generation, now)
 

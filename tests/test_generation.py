@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -329,7 +331,8 @@ def place_bundle(rig, sizes, first=0, array=None):
     array = floats(sum(sizes)) if array is None else array
     route = rig.route({"x": array})
     tickets = [rig.ticket(first + i, route, rows) for i, rows in enumerate(sizes)]
-    return rig.generation.place_all(tickets, [array.tobytes()], rig.now)
+    refused = rig.generation.place_all(tickets, [array.tobytes()], rig.now)
+    return {ticket.id: error for error, alike in refused for ticket in alike}
 
 
 @settings(max_examples=60, deadline=None)
@@ -343,7 +346,7 @@ def test_every_request_of_a_bundle_is_answered_or_refused(bundles, capacity):
             array = floats(sum(sizes), 1000 * first)
             parts = np.split(array, np.cumsum(sizes)[:-1])
             sent |= {first + i: part for i, part in enumerate(parts)}
-            refused |= {ticket.id: error for ticket, error in place_bundle(rig, sizes, first, array)}
+            refused |= place_bundle(rig, sizes, first, array)
             first += len(sizes)
         rig.run_all()
         assert max(rig.batches, default=0) <= capacity
@@ -353,9 +356,61 @@ def test_every_request_of_a_bundle_is_answered_or_refused(bundles, capacity):
         np.testing.assert_array_equal(answer["x_out"], sent[id_])
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.sampled_from([0.01, 10.0, inf])), min_size=1, max_size=12),
+    st.integers(1, 8),
+    st.integers(1, 30),
+)
+def test_a_bundle_is_admitted_as_its_requests_would_be_alone(requests, capacity, inflight_rows):
+    taken, refused = [], []
+    for is_bundled in (True, False):
+        config = {"max_batch_size": capacity, "slots": 4, "max_inflight_rows": inflight_rows}
+        with Rig(generation(FLOATS, **config)) as rig:
+            rig.place("before", {"x": floats(1)})
+            (slot,) = rig.start()
+            rig.now += 0.05  # so that there is something to expect
+            rig.finish(slot)
+            array = floats(sum(rows for rows, _ in requests))
+            route = rig.route({"x": array})
+            tickets = [
+                rig.ticket(i, route, rows, rig.now + patience) for i, (rows, patience) in enumerate(requests)
+            ]
+            if is_bundled:
+                found = rig.generation.place_all(tickets, [array.tobytes()], rig.now)
+                errors = {ticket.id: type(error) for error, alike in found for ticket in alike}
+            else:
+                errors, start = {}, 0
+                for ticket in tickets:
+                    part = array[start : start + ticket.rows]
+                    start += ticket.rows
+                    try:
+                        rig.generation.place(ticket, [part.tobytes()], rig.now)
+                    except PoolError as e:
+                        errors[ticket.id] = type(e)
+            refused.append(errors)
+            rig.run_all()
+            taken.append(sorted(id_ for id_ in rig.sink.answers if id_ != "before"))
+    assert refused[0] == refused[1]
+    assert taken[0] == taken[1]
+
+
+def test_requests_of_a_bundle_that_are_refused_alike_are_refused_together(rig_of):
+    rig = rig_of(FLOATS, max_batch_size=4, slots=2)
+    route = rig.route({"x": floats(1)})
+    tickets = [rig.ticket(i, route, rows) for i, rows in enumerate([8, 1, 2, 1, 5, 1])]
+    frames = [floats(sum(ticket.rows for ticket in tickets)).tobytes()]
+    found = rig.generation.place_all(tickets, frames, rig.now)
+    assert [(type(error), [ticket.id for ticket in alike]) for error, alike in found] == [
+        (Overloaded, [1, 2, 3, 4, 5]),
+    ]
+    rig.run_all()
+    assert list(rig.sink.answers) == [0]
+
+
 def test_a_bundle_may_end_with_no_rows_when_its_batch_is_full(rig_of):
     rig = rig_of(FLOATS, max_batch_size=4, slots=2)
-    assert place_bundle(rig, [4, 0, 0]) == []
+    assert place_bundle(rig, [4, 0, 0]) == {}
     rig.run_all()
     assert sorted(rig.sink.answers) == [0, 1, 2]
 

@@ -91,6 +91,11 @@ GOLDEN = {
         Y,
         [(parts_table((3, 0, 1), (4, 0, 2)), "uint8"), (np.array([6, 15, 24], np.float32), "float32")],
     ),
+    "ERROR bundle": (
+        Header(Kind.ERROR, 0, b"", millis=20, flags=Flag.BUNDLE),
+        ErrorMeta("OVERLOADED", "no room"),
+        [(parts_table((3, 0, 0), (4, 0, 0)), "uint8")],
+    ),
 }
 
 
@@ -156,7 +161,9 @@ def test_documented_limits():
 
 u32 = st.integers(0, 2**32 - 1)
 headers = st.builds(
-    Header,
+    lambda priority, flags, **fields: Header(
+        priority=priority if flags & Flag.PRIORITY else 0, flags=flags, **fields
+    ),
     kind=st.sampled_from(Kind),
     id=st.integers(0, 2**64 - 1),
     meta=st.binary(max_size=64),
@@ -201,6 +208,8 @@ def test_any_bytes_are_a_header_or_a_wire_error(data):
         (b"xx\x01\x01" + bytes(20), "header starts with b'xx'; wanted b'pl'"),
         (b"pl\x01\x7f" + bytes(20), "message kind 0x7f is not known"),
         (b"pl\x01\x01\x04" + bytes(19), "priority 4; wanted 0 to 3"),
+        (b"pl\x01\x01\x03" + bytes(19), "priority 3 without the flag PRIORITY; wanted 0"),
+        (b"pl\x01\x01\x03\x00\x02" + bytes(17), "priority 3 without the flag PRIORITY; wanted 0"),
         (b"pl\x01\x01\x00\x09" + bytes(18), "reserved header byte is 9; wanted 0"),
         (b"pl\x01\x01" + bytes(65_533), "PREDICT header frame has 65537 bytes; wanted at most 65536"),
     ],

@@ -22,6 +22,7 @@ from pool.wire import Flag, Kind, ResultMeta
 
 _RESULT_HEAD = wire.head(Kind.RESULT)
 _RESULT_BUNDLE_HEAD = wire.head(Kind.RESULT, Flag.BUNDLE)
+_ERROR_BUNDLE_HEAD = wire.head(Kind.ERROR, Flag.BUNDLE)
 _ID = struct.Struct("<8xQ")
 _ROWS_OFFSET = 20  # from here a header is the same for every reply with this meta and row count
 
@@ -131,7 +132,14 @@ class ReplyDecoder:
             WireError: as for `receive`, or the table that says whose the replies are cannot be read.
         """
         header: bytes = frames[0]
-        if header[:8] != _RESULT_BUNDLE_HEAD or len(header) < wire.FIXED_BYTES:
+        head = header[: wire.HEAD_BYTES]
+        if head == _ERROR_BUNDLE_HEAD and len(frames) > 1:
+            # An exception each: whoever raises one writes its traceback into it.
+            return [
+                Reply(id_, error=self.receive(frames[:1]).error)
+                for id_, _, _ in wire.split_parts(frames[1], 0)
+            ]
+        if head != _RESULT_BUNDLE_HEAD or len(header) < wire.FIXED_BYTES:
             return (self.receive(frames),)
         decoded_rows = wire.HEAD.unpack_from(header)[3]
         parts = wire.split_parts(frames[1] if len(frames) > 1 else b"", decoded_rows)

@@ -306,6 +306,16 @@ class Batcher:
         slot.has_ballast = True
         self._drop_if_settled(slot)
 
+    def withdraw_all(self, found: Iterable[tuple[Slot, Ticket]]) -> None:
+        """`withdraw` for many, with one look at each slot."""
+        slots: dict[int, Slot] = {}
+        for slot, ticket in found:
+            ticket.is_settled = True
+            slot.has_ballast = True
+            slots[slot.index] = slot
+        for slot in slots.values():
+            self._drop_if_settled(slot)
+
     def drop_waiting(self) -> list[Ticket]:
         """Settle and give every ticket that waits for a worker, by lane, oldest batch first."""
         dropped: list[Ticket] = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from math import inf
 from typing import Any
 
@@ -22,7 +22,7 @@ from pool.front.awake import Awake, Event
 from pool.front.generation import Generation
 from pool.front.route import Route
 from pool.front.serving import Serving, stopping
-from pool.front.slots import Slot
+from pool.front.slots import Slot, Ticket
 from pool.front.states import WorkerState
 from pool.front.status import read_status
 from pool.front.supervisor import Supervisor
@@ -203,6 +203,20 @@ class Engine:
     def pin(self, generation: Generation, slot: Slot, payload: np.ndarray[Any, Any]) -> None:
         """Keep `slot` from being used again until `payload`, a view of its bytes, is garbage."""
         self._servings[generation].pin(slot, payload)
+
+    def unsettled(self) -> Iterator[tuple[Slot, Ticket]]:
+        """Every ticket of every model that is still to be answered, with its slot."""
+        for generation in self._servings:
+            yield from generation.batcher.unsettled()
+
+    def withdraw(self, found: Iterable[tuple[Slot, Ticket]]) -> None:
+        """Answers to these tickets are not wanted any more."""
+        by_generation: dict[Generation, list[tuple[Slot, Ticket]]] = {}
+        for slot, ticket in found:
+            by_generation.setdefault(ticket.route.generation, []).append((slot, ticket))
+        for generation, pairs in by_generation.items():
+            generation.batcher.withdraw_all(pairs)
+        self.freed()
 
     # -- what generations tell (Host) ---------------------------------------------------------------
 

@@ -7,7 +7,7 @@ into slots; `pool.front.replies` is the way back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import ceil, inf
 from operator import itemgetter
 from typing import Any
@@ -29,7 +29,7 @@ from pool.front.poison import PoisonMemory
 from pool.front.replies import Join, Reply
 from pool.front.route import Route, check_input, choose_outputs
 from pool.front.sizing import plan_arena, row_bytes
-from pool.front.slots import Account, Slot, Ticket
+from pool.front.slots import Slot, Ticket
 from pool.shm.arena import Arena, Layout, decode_outputs, plan_layout
 from pool.shm.control import LoadReport
 from pool.signature import Signature, choose_signature
@@ -72,7 +72,6 @@ class Generation:
             config.timeout_ms / 1e3 or inf,
         )
         self.poison = PoisonMemory(config.poison_memory_s)
-        self.accounts: dict[Any, Account] = {}  # by client
         self._layouts: dict[tuple[str, tuple[tuple[int, ...], ...]], Layout] = {}
         self._layouts_made = 0
         self._replies: dict[tuple[int, bytes, tuple[int, ...]], Reply] = {}
@@ -153,13 +152,6 @@ class Generation:
         return layout
 
     # -- placing ------------------------------------------------------------------------------------
-
-    def account(self, client: Any) -> Account:
-        """The account of a client, opened if it has none."""
-        account = self.accounts.get(client)
-        if account is None:
-            account = self.accounts[client] = Account()
-        return account
 
     def check_rows(self, route: Route, rows: int) -> None:
         """Refuse a number of rows that can never be placed.
@@ -289,7 +281,7 @@ class Generation:
 
     def place_all(
         self, tickets: Sequence[Ticket], frames: Sequence[memoryview | bytes], now: float
-    ) -> list[tuple[Ticket, PoolError]]:
+    ) -> list[tuple[PoolError, list[Ticket]]]:
         """Place the requests of a bundle, one after the other: `place` for many at the price of one.
 
         Args:
@@ -298,24 +290,20 @@ class Generation:
             now: Monotonic seconds.
 
         Returns:
-            Those refused, and why; they are in no slot.
+            Why some were refused, and which; they are in no slot.
 
         Raises:
             WireError: a frame's size is not what the header says; nothing was placed.
         """
         route: Route = tickets[0].route
-        columns = read_numeric(route, sum(ticket.rows for ticket in tickets), frames)
+        columns = read_numeric(route, sum([ticket.rows for ticket in tickets]), frames)
         key, account = tickets[0].key, tickets[0].account
         barred = self._barred(tickets, columns, now) if self.poison else {}
-        refused: list[tuple[Ticket, PoolError]] = []
+        refused: list[tuple[PoolError, list[Ticket]]] = []
         first = done = 0
         while first < len(tickets):
             slot = self.batcher.open_slot(key, route.capacity)
-            if slot is None:
-                full = self.full(tickets[first])
-                refused += [(ticket, full) for ticket in tickets[first:]]
-                break
-            room = min(slot.capacity - slot.rows, route.inflight_rows - account.rows)
+            room = 0 if slot is None else min(slot.capacity - slot.rows, route.inflight_rows - account.rows)
             soonest = now + self.batcher.expected_s
             rows, end = 0, first
             # A full slot takes no more, not even a request of no rows.
@@ -328,24 +316,28 @@ class Generation:
             ):
                 rows += tickets[end].rows
                 end += 1
-            if end == first:  # the next one has to be split, waits for an empty slot, or is to be refused
-                self.batcher.abandon(slot)
+            if end > first:
+                assert slot is not None, "there was room"
+                memory = self.arena.slots[slot.index]
+                for column in columns:
+                    column.write(memory, slot.rows, done, rows)
+                for ticket in tickets[first:end]:
+                    self.batcher.commit(slot, ticket, now)
+            else:  # the next one has to be split, waits for an empty slot, or is to be refused
+                if slot is not None:
+                    self.batcher.abandon(slot)
                 ticket = tickets[first]
                 spans = [column.span(done, ticket.rows) for column in columns]
                 try:
                     if first in barred:
                         raise barred[first]
                     self.place(ticket, spans, now)
+                    rows, end = ticket.rows, first + 1
                 except PoolError as e:
+                    end = self._end_of_refused(tickets, first, barred, e, now)
                     # Its traceback holds this frame, and with it the payloads.
-                    refused.append((ticket, e.with_traceback(None)))
-                rows, end = ticket.rows, first + 1
-            else:
-                memory = self.arena.slots[slot.index]
-                for column in columns:
-                    column.write(memory, slot.rows, done, rows)
-                for ticket in tickets[first:end]:
-                    self.batcher.commit(slot, ticket, now)
+                    refused.append((e.with_traceback(None), list(tickets[first:end])))
+                    rows = sum([ticket.rows for ticket in tickets[first:end]])
             done += rows
             first = end
         return refused
@@ -384,6 +376,28 @@ class Generation:
         for ticket, payloads in tickets:
             regions = ticket.route.layout.descriptor.inputs
             write_rows(regions, memory, ticket.start, ticket.rows, payloads)
+
+    def _end_of_refused(
+        self, tickets: Sequence[Ticket], first: int, barred: Collection[int], error: PoolError, now: float
+    ) -> int:
+        """How far the reason reaches for which `tickets[first]` was refused.
+
+        Where there is no room there is none for more rows, and what comes too late is too late for those
+        that wait less. To look at each, and make a sentence of it, would cost an overloaded front most.
+        """
+        refused, most = tickets[first], tickets[first].route.inflight_rows
+        is_late = refused.deadline - now < self.batcher.expected_s
+        latest = refused.deadline if is_late else inf
+        end = first + 1
+        if isinstance(error, Overloaded):
+            while (
+                end < len(tickets)
+                and end not in barred
+                and refused.rows <= tickets[end].rows <= most
+                and tickets[end].deadline <= latest
+            ):
+                end += 1
+        return end
 
     def _unplace(self, join: Join | None) -> None:
         if join is not None:

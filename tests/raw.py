@@ -1,0 +1,148 @@
+"""A DEALER that sends any frames: what tests speak to a real server with when a client would not do."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import zmq
+
+from pool import wire
+from pool.errors import PoolError
+from pool.wire import Flag, Header, Kind, PredictMeta, TensorMeta
+
+ANSWER_TIMEOUT_MS = 20_000
+ROW_ITEMS = 4  # of the drill model
+
+ids = itertools.count(1 << 40)
+
+Frame = bytes | memoryview
+Answer = PoolError | dict[str, Any] | list[bytes]  # an ERROR's, an INFO's, a RESULT's
+
+
+class Raw:
+    """One connection.
+
+    Args:
+        endpoint: Of the server.
+        options: Of the socket, set before it connects.
+
+    Attributes:
+        socket: The DEALER.
+    """
+
+    def __init__(self, endpoint: str, **options: Any) -> None:
+        self._context = zmq.Context()
+        self.socket = self._context.socket(zmq.DEALER)
+        self.socket.linger = 0
+        self.socket.rcvtimeo = ANSWER_TIMEOUT_MS
+        for name, value in options.items():
+            setattr(self.socket, name, value)
+        self.socket.connect(endpoint)
+
+    def close(self) -> None:
+        self.socket.close()
+        self._context.term()
+
+    def __enter__(self) -> Raw:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def send(self, frames: Sequence[Frame]) -> int:
+        """Send a message and give its id."""
+        self.socket.send_multipart(frames)
+        return wire.decode_header(bytes(frames[0])).id
+
+    def send_kind(self, kind: Kind, id_: int | None = None) -> int:
+        """Send a message that is a header only; gives its id."""
+        return self.send([wire.encode_header(Header(kind, next(ids) if id_ is None else id_, b""))])
+
+    def receive(self) -> list[tuple[int, Answer]]:
+        """The next message: whose replies it holds, in order."""
+        header, *rest = self.socket.recv_multipart()
+        decoded = wire.decode_header(header)
+        if decoded.kind is Kind.INFO:
+            return [(decoded.id, wire.decode_info(decoded.meta))]
+        parts = [(decoded.id, 0, decoded.rows)]
+        if decoded.flags & Flag.BUNDLE:
+            table, *rest = rest
+            parts = wire.split_parts(table, decoded.rows)
+        if decoded.kind is Kind.ERROR:
+            assert not rest
+            return [(id_, wire.decode_error(decoded)) for id_, _, _ in parts]
+        assert decoded.kind is Kind.RESULT
+        replies: list[tuple[int, Answer]] = []
+        start = 0
+        for id_, _, rows in parts:
+            end = start + rows
+            per_row = [len(frame) // max(1, decoded.rows) for frame in rest]
+            replies.append(
+                (id_, [frame[start * n : end * n] for frame, n in zip(rest, per_row, strict=True)])
+            )
+            start = end
+        return replies
+
+    def collect(self, count: int) -> dict[int, Answer]:
+        """The next `count` replies, by id; each id once, in the order of their coming."""
+        found: dict[int, Answer] = {}
+        while len(found) < count:
+            for id_, answer in self.receive():
+                assert id_ not in found, "answered twice"
+                found[id_] = answer
+        assert len(found) == count
+        return found
+
+    def question(self, kind: Kind) -> dict[str, Any]:
+        """Ask, and give the document: nothing else may be answered meanwhile."""
+        id_ = self.send_kind(kind)
+        (found,) = self.collect(1).items()
+        assert found[0] == id_
+        assert isinstance(found[1], dict)
+        return found[1]
+
+
+def drill_meta(model: str, row_items: int = ROW_ITEMS, outputs: tuple[str, ...] | None = None) -> bytes:
+    """The meta of requests to a drill model."""
+    inputs = (
+        TensorMeta("x", "float32", (row_items,)),
+        TensorMeta("fault", "int32", ()),
+        TensorMeta("argument", "float32", ()),
+    )
+    return wire.encode_meta(PredictMeta(model, None, None, inputs, outputs))
+
+
+def drill_tensors(rows: int, row_items: int = ROW_ITEMS, value: float = 0.0) -> list[bytes]:
+    """Rows that ask for no fault."""
+    return [np.full((rows, row_items), value, np.float32).tobytes(), bytes(4 * rows), bytes(4 * rows)]
+
+
+def drill(model: str, rows: int = 1, priority: int | None = None, **fields: Any) -> list[bytes]:
+    """A request to a drill model."""
+    flags = 0 if priority is None else Flag.PRIORITY
+    header = Header(
+        Kind.PREDICT, next(ids), drill_meta(model), rows=rows, priority=priority or 0, flags=flags, **fields
+    )
+    return [wire.encode_header(header), *drill_tensors(rows)]
+
+
+def drill_bundle(
+    model: str, parts: Sequence[tuple[int, int, int]], priority: int | None = None
+) -> list[bytes]:
+    """A bundle of (id, millis, rows) for a drill model."""
+    rows = sum(part[2] for part in parts)
+    flags = Flag.BUNDLE if priority is None else Flag.BUNDLE | Flag.PRIORITY
+    header = Header(Kind.PREDICT, 0, drill_meta(model), rows=rows, priority=priority or 0, flags=flags)
+    table = b"".join(wire.PART.pack(*part) for part in parts)
+    return [wire.encode_header(header), table, *drill_tensors(rows)]
+
+
+def await_that(condition: Callable[[], Any]) -> None:
+    """Wait until it holds; it asks the server, which takes its time."""
+    deadline = time.monotonic() + ANSWER_TIMEOUT_MS / 1000
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come about"
