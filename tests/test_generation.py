@@ -619,6 +619,6 @@ def test_the_same_bytes_are_barred_in_whatever_order_they_come(rig_of):
     tickets = [rig.ticket(i, route, 2) for i in (3, 4)]
     columns = [np.concatenate([floats(2), floats(2)]), np.concatenate([floats(2), floats(2) + 5])]
     refused = rig.generation.place_all(tickets, [column.tobytes() for column in columns], rig.now)
-    assert [(each.id, type(error)) for each, error in refused] == [(3, WorkerLost)]
+    assert [(type(error), [each.id for each in those]) for error, those in refused] == [(WorkerLost, [3])]
     rig.run_all()
     assert sorted(rig.sink.answers) == [0, 1, 4]
