@@ -22,6 +22,7 @@ COMMANDS = {
     "serve": "serve the models of a configuration file",
     "check": "load every model of a configuration file once, tell what was found, serve nothing",
     "predict": "send one request and show its answer",
+    "reload": "have a running server read its configuration file again",
     "status": "show what a server is doing",
     "bench": "measure a server under load",
     "chaos": "kill, stop, crash and hang a server's processes under checked load, and tell what that cost",

@@ -24,4 +24,4 @@ def run(args: argparse.Namespace) -> int:
         serve,
     )  # after the check: a mistake is told before sockets and loop are imported
 
-    return serve(config)
+    return serve(config, args.config)

@@ -40,7 +40,7 @@ class Awake:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._loop = loop
-        self._awake_s = awake_s
+        self.awake_s = awake_s
         self._clock = clock
         self._waits_since: dict[Event, float | None] = dict.fromkeys(Event)
         self._pays = dict.fromkeys(Event, False)
@@ -51,7 +51,7 @@ class Awake:
         """What was waited for, or not, is there."""
         since = self._waits_since[event]
         if since is not None:
-            self._pays[event] = now - since < self._awake_s
+            self._pays[event] = now - since < self.awake_s
             self._waits_since[event] = None
         self._until = 0.0
 
@@ -60,7 +60,7 @@ class Awake:
         if self._waits_since[event] is None:
             self._waits_since[event] = now
         if self._pays[event]:
-            self._until = now + self._awake_s
+            self._until = now + self.awake_s
             if not self._is_turning:
                 self._is_turning = True
                 self._loop.call_soon(self._turn)

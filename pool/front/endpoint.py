@@ -14,7 +14,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -75,10 +75,18 @@ class Endpoint:
         engine: Runs the requests.
         config: The `[server]` table.
         endpoints: Where to bind, resolved (`pool.endpoints`).
+        describe: More of the front's part of the status document.
     """
 
-    def __init__(self, engine: Engine, config: ServerConfig, endpoints: Sequence[str]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        config: ServerConfig,
+        endpoints: Sequence[str],
+        describe: Callable[[], dict[str, Any]],
+    ) -> None:
         self._engine = engine
+        self._describe_more = describe
         self._config = config
         self.endpoints = tuple(endpoints)
         self._loop = asyncio.get_running_loop()
@@ -150,6 +158,7 @@ class Endpoint:
             "replies": self._outbound.replies,
             "dropped_replies": self._outbound.dropped,
             "errors": self._outbound.errors,
+            **self._describe_more(),
         }
 
     def _forget_routes(self) -> None:

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Iterator
 from math import inf
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from pool.config import Config, ModelConfig
+from pool.config import Config, ModelConfig, ServerConfig
 from pool.errors import ModelNotFound, PoolError, Unavailable, VersionNotFound
 from pool.front.awake import Awake, Event
 from pool.front.generation import Generation
@@ -61,6 +62,7 @@ class Engine:
         config: Checked.
 
     Attributes:
+        config: What is served; `pool.front.reloading` changes it.
         models: All of the config, by name.
         is_draining: Whether new requests are refused.
         is_stopping: Whether nothing runs again.
@@ -71,14 +73,16 @@ class Engine:
     def __init__(self, config: Config) -> None:
         self.on_unserved: Callable[[], None] = lambda: None
         self._loop = asyncio.get_running_loop()
-        self._config = config
+        self.config = config
         self._supervisor = Supervisor()
         self.models = {name: ServedModel(name) for name in config.models}
-        self._servings: dict[Generation, Serving] = {}
+        self._servings: dict[Generation, Serving] = {}  # also those that only finish what they admitted
+        self._retiring: dict[Serving, asyncio.Task[None]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = inf
         self._awake = Awake(self._loop, config.server.awake_us / 1e6)
         self._idle: asyncio.Event = asyncio.Event()
+        self._freed = asyncio.Event()  # set whenever a slot is free that was not
         self.is_draining = False
         self.is_stopping = False
 
@@ -95,34 +99,94 @@ class Engine:
             await self._start_model(name)
 
     async def _start_model(self, name: str) -> None:
-        model, config = self.models[name], self._config.models[name]
-        start_timeout_s = self._config.server.start_timeout_s
+        model = self.models[name]
+
+        def loaded(serving: Serving) -> None:
+            model.serving = serving  # so that its workers can be looked at while they start
+
         try:
-            serving = await asyncio.wait_for(self._start_serving(model, config), start_timeout_s)
-        except asyncio.TimeoutError:
-            model.state, model.failure = "failed", "start timed out"
-            raise Unavailable(
-                f"model {name!r} was not ready within start_timeout_s = {start_timeout_s}"
-            ) from None
+            serving = await self.start_serving(name, self.config.models[name], loaded)
         except PoolError as e:
             model.state, model.failure = "failed", e.message
             raise
-        model.state = "ready"
+        self.switch(name, serving)
+
+    async def start_serving(
+        self, name: str, config: ModelConfig, loaded: Callable[[Serving], None] = lambda _: None
+    ) -> Serving:
+        """Load a model and start its workers; nothing is asked of them yet.
+
+        Args:
+            name: Of the model.
+            config: Of the model.
+            loaded: Called when the model is loaded and its workers are about to start.
+
+        Raises:
+            ModelLoadError · ConfigError · Unavailable: it cannot be served; nothing of it is left.
+        """
+        start_timeout_s = self.config.server.start_timeout_s
+        serving: Serving | None = None
+
+        async def start() -> Serving:
+            nonlocal serving
+            report, weights_fd = await self._supervisor.load(name, config, start_timeout_s)
+            generation = Generation(name, config, report)
+            serving = Serving(generation, self._supervisor, weights_fd, self, start_timeout_s)
+            self._servings[generation] = serving
+            loaded(serving)
+            await serving.replicas.start()
+            return serving
+
+        try:
+            return await asyncio.wait_for(start(), start_timeout_s)
+        except asyncio.TimeoutError:
+            if serving is not None:
+                await self.discard(serving)
+            raise Unavailable(
+                f"model {name!r} was not ready within start_timeout_s = {start_timeout_s}"
+            ) from None
+        except PoolError:
+            if serving is not None:
+                await self.discard(serving)
+            raise
+
+    def switch(self, name: str, serving: Serving) -> None:
+        """Have a model served by a generation that is ready; the one before finishes what it admitted."""
+        model = self.models.setdefault(name, ServedModel(name))
+        old, model.serving = model.serving, serving
+        model.state, model.failure = "ready", ""
+        self.on_unserved()
+        if old is not None and old is not serving:
+            self._retire(old)
         generation, report = serving.generation, serving.generation.report
         log.info(
             "model ready model=%s version=%d workers=%d slots=%d arena_mb=%.1f weights_mb=%.1f shared=%s",
-            name, report.version, config.workers, len(generation.arena.slots),
+            name, report.version, generation.config.workers, len(generation.arena.slots),
             generation.arena.size_bytes / 1e6, report.weights_bytes / 1e6, report.weights_shared,
         )  # fmt: skip
 
-    async def _start_serving(self, model: ServedModel, config: ModelConfig) -> Serving:
-        start_timeout_s = self._config.server.start_timeout_s
-        report, weights_fd = await self._supervisor.load(model.name, config, start_timeout_s)
-        generation = Generation(model.name, config, report)
-        serving = Serving(generation, self._supervisor, weights_fd, self, start_timeout_s)
-        model.serving = self._servings[generation] = serving
-        await serving.replicas.start()
-        return serving
+    def remove(self, name: str) -> None:
+        """Serve a model no more; it finishes what it admitted."""
+        model = self.models.pop(name)
+        self.on_unserved()
+        log.info("model removed model=%s", name)
+        if model.serving is not None:
+            self._retire(model.serving)
+
+    def _retire(self, serving: Serving) -> None:
+        self._retiring[serving] = self._loop.create_task(self._finish(serving))
+
+    async def _finish(self, serving: Serving) -> None:
+        while not serving.generation.batcher.is_idle:
+            self._freed.clear()
+            await self._freed.wait()
+        await self.discard(serving)
+        del self._retiring[serving]
+
+    async def discard(self, serving: Serving) -> None:
+        """End a generation's workers and give its memory back."""
+        await serving.stop()
+        self._servings.pop(serving.generation, None)
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and finish what is admitted.
@@ -145,6 +209,10 @@ class Engine:
         """Answer what is left `Unavailable`, end the workers, give the memory back; once."""
         self.is_draining = self.is_stopping = True
         self.on_unserved()
+        for task in self._retiring.values():
+            task.cancel()
+        if self._retiring:
+            await asyncio.wait(self._retiring.values())
         for serving in self._servings.values():
             serving.drop_waiting(stopping)
         for serving in self._servings.values():
@@ -244,23 +312,28 @@ class Engine:
 
     def ran(self, serving: Serving, rows: int) -> None:
         """Count a batch."""
-        model = self.models[serving.generation.model]
+        model = self.models.get(serving.generation.model)
+        if model is None:  # removed, and finishing what it admitted
+            return
         model.batches += 1
         model.rows += rows
         model.batch_sizes[rows] = model.batch_sizes.get(rows, 0) + 1
 
     def freed(self) -> None:
-        """Tell whoever drains when all is done that was admitted."""
+        """Tell whoever waits for it when all is done that was admitted."""
+        self._freed.set()
         if self.is_draining and all(generation.batcher.is_idle for generation in self._servings):
             self._idle.set()
 
     def failed(self, serving: Serving, how: str) -> None:
         """A model has no worker left: what waits for it would wait for nobody."""
-        model = self.models[serving.generation.model]
-        model.state, model.failure = "failed", f"its workers keep ending: {how}"
-        log.error("model failed model=%s reason=%s", model.name, model.failure)
-        self.on_unserved()
-        sentence = f"model {model.name!r} is failed: {model.failure}"
+        name, failure = serving.generation.model, f"its workers keep ending: {how}"
+        model = self.models.get(name)
+        if model is not None and model.serving is serving:
+            model.state, model.failure = "failed", failure
+            log.error("model failed model=%s reason=%s", name, failure)
+            self.on_unserved()
+        sentence = f"model {name!r} is failed: {failure}"
         serving.drop_waiting(lambda: Unavailable(sentence))
 
     # -- looking ------------------------------------------------------------------------------------
@@ -289,6 +362,34 @@ class Engine:
             }
             for name, model in self.models.items()
         }
+
+    def slots(self) -> dict[str, int]:
+        """Per model that is loaded: how many slots its arena has."""
+        return {
+            name: len(model.serving.generation.batcher.slots)
+            for name, model in self.models.items()
+            if model.serving is not None
+        }
+
+    def versions(self) -> dict[str, int]:
+        """Per model that is loaded: the version it serves."""
+        return {
+            name: model.serving.generation.version
+            for name, model in self.models.items()
+            if model.serving is not None
+        }
+
+    def apply_server(self, server: ServerConfig) -> None:
+        """Take over what of `[server]` concerns the engine."""
+        self.config = msgspec.structs.replace(self.config, server=server)
+        self._awake.awake_s = server.awake_us / 1e6
+
+    def apply_model(self, name: str, config: ModelConfig) -> None:
+        """Change what of a model can be changed in place, workers included."""
+        serving = self.models[name].serving
+        assert serving is not None, "a model that is served"
+        serving.apply(config)
+        self.on_unserved()  # routes know priority, timeout and limits
 
     async def status(self) -> dict[str, Any]:
         """The engine's part of the status document (`docs/operations.md`)."""

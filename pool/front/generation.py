@@ -76,6 +76,14 @@ class Generation:
         self._layouts_made = 0
         self._replies: dict[tuple[int, bytes, tuple[int, ...]], Reply] = {}
 
+    def apply(self, config: ModelConfig) -> None:
+        """Take over settings that leave the arena as it is; routes made before are to be made anew."""
+        self.config = config
+        self.batcher.max_queue_delay_s = config.max_queue_delay_ms / 1e3
+        self.batcher.ageing_s = config.priority_ageing_ms / 1e3
+        self.batcher.timeout_s = config.timeout_ms / 1e3 or inf
+        self.poison.memory_s = config.poison_memory_s
+
     def close(self) -> None:
         """Give the arena's memory back; no worker may be running."""
         self.views = []

@@ -21,7 +21,7 @@ class PoisonMemory:
     """
 
     def __init__(self, memory_s: float) -> None:
-        self._memory_s = memory_s
+        self.memory_s = memory_s
         self._known: dict[bytes, tuple[float, str]] = {}  # digest -> until when, what it did
 
     def __bool__(self) -> bool:
@@ -37,13 +37,13 @@ class PoisonMemory:
             how: What it did, for whoever sends it again.
             now: Monotonic seconds.
         """
-        if self._memory_s <= 0:
+        if self.memory_s <= 0:
             return
         digest = _digest(layout, payloads)
         self._known.pop(digest, None)  # so that they lie in the order in which they are forgotten
         if len(self._known) >= _REMEMBERED_MAX:
             del self._known[next(iter(self._known))]
-        self._known[digest] = (now + self._memory_s, how)
+        self._known[digest] = (now + self.memory_s, how)
 
     def find(
         self, layout: int, payloads: Sequence[bytes | memoryview], now: float

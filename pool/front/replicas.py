@@ -129,8 +129,7 @@ class Replicas:
         for worker in self.workers:
             await self._start(worker)
         await self._all_ready
-        if self._generation.config.max_worker_memory_mb is not None:
-            self._check_memory()
+        self._check_memory()
 
     # -- a process's life ---------------------------------------------------------------------------
 
@@ -297,7 +296,8 @@ class Replicas:
         assert worker.slot is not None
         worker.move(WorkerEvent.FINISH)
         # What a retiring worker still runs counts for its place.
-        counted = self.workers[worker.index] if worker.role == "retiring" else worker
+        is_retiring = worker.role == "retiring" and worker.index < len(self.workers)
+        counted = self.workers[worker.index] if is_retiring else worker
         counted.batches += 1
         counted.rows += worker.slot.rows
         worker.batches_now += 1
@@ -347,13 +347,36 @@ class Replicas:
 
     def _check_memory(self) -> None:
         most = self._generation.config.max_worker_memory_mb
-        assert most is not None
+        self._memory_timer = None
+        if most is None:
+            return
         self._memory_timer = self._loop.call_later(_MEMORY_CHECK_S, self._check_memory)
         for worker in self.workers:
             if worker.pid is not None and worker.state in (WorkerState.READY, WorkerState.BUSY):
                 private_mb = private_bytes(worker.pid) / (1 << 20)
                 if private_mb > most:
                     self.replace(worker, f"{private_mb:.0f} MiB of private memory; at most {most} wanted")
+
+    def resize(self) -> None:
+        """Have as many serving workers as the config asks for now, each with the threads that fall to it."""
+        config = self._generation.config
+        while len(self.workers) > config.workers:
+            worker = self.workers.pop()
+            worker.role = "retiring"
+            self._let_go(worker)
+            successor = self._successors.pop(worker.index, None)
+            if successor is not None:
+                successor.role = "retiring"
+                self._let_go(successor)
+        for worker in self.workers:
+            if worker.placement != place_worker(config, worker.index):
+                self.replace(worker, "its share of the machine has changed")
+        while len(self.workers) < config.workers:
+            worker = self._make(len(self.workers), "serving")
+            self.workers.append(worker)
+            self._restart(worker)
+        if self._memory_timer is None:
+            self._check_memory()
 
     # -- quarantine ---------------------------------------------------------------------------------
 

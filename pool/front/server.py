@@ -12,6 +12,7 @@ import sys
 import time
 from typing import Any
 
+import msgspec
 import uvloop
 
 from pool.config import Config
@@ -19,6 +20,7 @@ from pool.endpoints import default_endpoint
 from pool.errors import ConfigError, PoolError
 from pool.front.endpoint import Endpoint
 from pool.front.engine import Engine
+from pool.front.reloading import Reloads
 from pool.front.sizing import plan_arena
 from pool.front.status import describe_report
 from pool.front.supervisor import Supervisor
@@ -32,15 +34,21 @@ EXIT_FAILED = 1  # a model does not load, or draining took too long
 EXIT_CONFIG = 2
 
 
-def serve(config: Config) -> int:
-    """Serve until SIGTERM or SIGINT; gives the process's exit code (`docs/operations.md`)."""
+def serve(config: Config, path: str) -> int:
+    """Serve until SIGTERM or SIGINT; gives the process's exit code (`docs/operations.md`).
+
+    Args:
+        config: Checked.
+        path: The file it is from, read again on SIGHUP.
+    """
     logging.basicConfig(
         level=config.server.log_level.upper(),
         stream=sys.stderr,
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
     )
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
     keep_freed_memory()
-    return uvloop.run(_serve(config))
+    return uvloop.run(_serve(config, os.path.abspath(path)))
 
 
 def keep_freed_memory() -> None:
@@ -56,7 +64,7 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 256 << 20)
 
 
-async def _serve(config: Config) -> int:
+async def _serve(config: Config, path: str) -> int:
     loop = asyncio.get_running_loop()
     stops = 0
     stopping = asyncio.Event()
@@ -70,13 +78,19 @@ async def _serve(config: Config) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     engine = Engine(config)
-    endpoint = Endpoint(engine, config.server, config.server.endpoints or (default_endpoint(),))
+    reloads = Reloads(engine, path)
+    endpoint = Endpoint(
+        engine,
+        config.server,
+        config.server.endpoints or (default_endpoint(),),
+        lambda: {"reload": reloads.describe(), "config": msgspec.to_builtins(engine.config)},
+    )
     starting: asyncio.Task[None] | None = None
     try:
         endpoint.open()
         log.info("listening %s", " ".join(endpoint.endpoints))
         starting = loop.create_task(engine.start())
-        code = await _run(config, engine, starting, stopping, hurrying)
+        code = await _run(engine, reloads, starting, stopping, hurrying)
     except ConfigError as e:
         log.error("%s", e.message)
         code = EXIT_CONFIG
@@ -94,8 +108,8 @@ async def _serve(config: Config) -> int:
 
 
 async def _run(
-    config: Config,
     engine: Engine,
+    reloads: Reloads,
     starting: asyncio.Task[None],
     stopping: asyncio.Event,
     hurrying: asyncio.Event,
@@ -110,11 +124,14 @@ async def _run(
             gc.collect()
             gc.freeze()
             log.info("ready models=%s", ",".join(engine.models))
+            loop.add_signal_handler(signal.SIGHUP, reloads.ask)
             await stop
     finally:
         stop.cancel()
-    log.info("draining timeout_s=%g", config.server.drain_timeout_s)
-    drain = loop.create_task(engine.drain(config.server.drain_timeout_s))
+    timeout_s = engine.config.server.drain_timeout_s
+    log.info("draining timeout_s=%g", timeout_s)
+    drain = loop.create_task(engine.drain(timeout_s))
+    await reloads.stop()
     hurry = loop.create_task(hurrying.wait())
     await asyncio.wait([drain, hurry], return_when=asyncio.FIRST_COMPLETED)
     hurry.cancel()

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pool.config import ModelConfig
 from pool.errors import (
     DeadlineExceeded,
     InternalError,
@@ -97,6 +98,11 @@ class Serving:
         for ticket in self._batcher.drop_waiting():
             ticket.sink.send_error(ticket, error())
         self.trials.drop(error())
+
+    def apply(self, config: ModelConfig) -> None:
+        """Take over what of a model's settings changes in place, and start or let go workers."""
+        self.generation.apply(config)
+        self.replicas.resize()
 
     async def stop(self) -> None:
         """End the workers and give the memory back; what waits was answered before."""

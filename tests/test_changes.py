@@ -1,0 +1,70 @@
+"""What differs between two configurations, and what it costs."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from pool.config import Config, ModelConfig, ServerConfig
+from pool.front.changes import _MODEL_IN_PLACE, _SERVER_IN_PLACE, Cost, compare
+
+NOW = Config(models={"m": ModelConfig(path="/m", workers=2), "other": ModelConfig(path="/o")})
+
+
+def changed(**keys):
+    models = NOW.models | {"m": msgspec.structs.replace(NOW.models["m"], **keys)}
+    return Config(server=NOW.server, models=models)
+
+
+def costs(then, slots=16, versions=None):
+    return [(c.key, c.cost) for c in compare(NOW, then, {"m": slots, "other": 16}, versions or {})]
+
+
+def test_nothing_differs():
+    assert costs(NOW) == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "cost"),
+    [
+        ({"timeout_ms": 5.0}, Cost.IN_PLACE),
+        ({"max_queue_delay_ms": 5.0}, Cost.IN_PLACE),
+        ({"workers": 3}, Cost.WORKERS),
+        ({"workers": 1}, Cost.WORKERS),
+        ({"workers": 8}, Cost.GENERATION),  # more than the arena has slots for
+        ({"max_batch_size": 8}, Cost.GENERATION),
+        ({"path": "/n"}, Cost.GENERATION),
+        ({"version": 3}, Cost.GENERATION),
+    ],
+)
+def test_a_key_costs_what_depends_on_it(keys, cost):
+    assert costs(changed(**keys)) == [(f"models.m.{next(iter(keys))}", cost)]
+
+
+def test_workers_that_move_are_new_ones():
+    moved = changed(workers=3, devices=("cpu:0",))
+    assert dict(costs(moved)) == {"models.m.workers": Cost.GENERATION, "models.m.devices": Cost.GENERATION}
+
+
+def test_models_come_and_go():
+    then = Config(models={"new": ModelConfig(path="/n"), "m": NOW.models["m"]})
+    assert costs(then) == [("models.new", Cost.ADD), ("models.other", Cost.REMOVE)]
+
+
+def test_a_newer_version_is_a_change_of_a_file_that_has_none():
+    assert costs(NOW, versions={"m": (1, 2)}) == [("models.m.version", Cost.GENERATION)]
+    (change,) = compare(NOW, NOW, {}, {"m": (1, 2)})
+    assert str(change) == "models.m.version: 1 -> 2: " + Cost.GENERATION.value
+    assert costs(changed(path="/n"), versions={"m": (1, 2)}) == [("models.m.path", Cost.GENERATION)]
+
+
+def test_what_the_socket_is_needs_a_restart():
+    then = Config(server=ServerConfig(endpoints=("ipc:///x",), log_level="debug"), models=NOW.models)
+    assert costs(then) == [("server.endpoints", Cost.RESTART), ("server.log_level", Cost.IN_PLACE)]
+    (change, _) = compare(NOW, then, {}, {})
+    assert str(change) == "server.endpoints: none -> [ipc:///x]: needs a restart"
+
+
+def test_every_key_told_apart_is_one():
+    assert set(ServerConfig.__struct_fields__) >= _SERVER_IN_PLACE
+    assert set(ModelConfig.__struct_fields__) >= _MODEL_IN_PLACE
