@@ -114,6 +114,7 @@ class Reloads:
                 log.error("reload refused, nothing was changed: %s", e.message)
             else:
                 self.error = ""
+                logging.getLogger().setLevel(config.server.log_level.upper())
                 for change in self.changes:
                     log.info("changed %s", change)
                 log.info("reloaded changes=%d", len(self.changes))
