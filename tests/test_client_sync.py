@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -428,8 +429,10 @@ def test_closing_ends_the_pause(endpoint):
         client = Client(endpoint, timeout=math.inf, retry=slow)
         call = threads.submit(client.predict, "m", rows(1))
         server.predicted.acquire()
+        while not client._idle:  # until the refusal is there
+            time.sleep(0.001)
         client.close()
-        with pytest.raises(Cancelled):
+        with pytest.raises(Cancelled, match="the client is closed; gave up after 2 attempts"):
             call.result()
 
 

@@ -94,10 +94,10 @@ class Exchange:
             raise
 
     async def pause(self, seconds: float) -> None:
-        """Sleep; not longer than until the client is closed."""
+        """Sleep for at least so long; not longer than until the client is closed."""
         if self._closing is None:
             self._closing = self.running_loop().create_future()
-        await asyncio.wait((self._closing,), timeout=seconds)
+        await asyncio.wait((self._closing,), timeout=seconds + _TIMER_SLACK)
 
     def running_loop(self) -> asyncio.AbstractEventLoop:
         """The loop this runs in, which is the client's from the first time on.
