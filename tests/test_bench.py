@@ -149,6 +149,36 @@ def test_an_open_loop_times_from_the_instant_that_was_meant(
     assert (latencies_s > 0.1).all()
 
 
+@pytest.mark.parametrize(("patience_s", "told_ms"), [(None, 0), (0.0605, 60), (3600.0, 3_600_000)])
+def test_the_server_is_told_the_timeout(
+    server: ScriptedServer, prepared: Prepared, patience_s: float | None, told_ms: int
+) -> None:
+    client = prepared(task(server.endpoint, patience_s=patience_s))
+    before = len(server.requests)
+    result, _ = client.run()
+    assert result.answered == 100
+    assert {header.millis for header in server.requests[before:]} == {told_ms}
+
+
+def test_an_open_loop_tells_what_remains_of_the_timeout(
+    server: ScriptedServer, script: Script, prepared: Prepared
+) -> None:
+    """The first request's answer is held back until the others are overdue."""
+    client = prepared(task(server.endpoint, window=1, rate=1e5, requests=10, patience_s=0.1))
+    before = len(server.requests)
+
+    def stalled(header: Header, tensors: list[bytes]) -> list[list[bytes]]:
+        if header.id == 0:
+            threading.Event().wait(0.2)
+        return [scripted.result(header, tensors)]
+
+    script.answer = stalled
+    client.run()
+    first, *others = [header.millis for header in server.requests[before:]]
+    assert 1 <= first <= 100
+    assert set(others) == {1}
+
+
 def test_errors_are_counted_and_not_timed(server: ScriptedServer, script: Script, prepared: Prepared) -> None:
     client = prepared(task(server.endpoint))
 
@@ -269,6 +299,7 @@ def test_the_report_is_exact() -> None:
     )
     assert report == {
         "requests_per_s": 250.0,
+        "goodput_per_s": 250.0,
         "p50_ms": 500.5,
         "p90_ms": 900.1,
         "p99_ms": 990.01,
@@ -280,10 +311,17 @@ def test_the_report_is_exact() -> None:
     }
 
 
+def test_answers_after_the_timeout_are_no_goodput() -> None:
+    latencies_s = np.arange(1, 1001) / 1000
+    results = [(result(1000, 10.0, 14.0), latencies_s)]
+    report = summarize(results, status(0.0, 0, 0), status(1.0, 1, 9), "m", patience_s=0.5)
+    assert (report["requests_per_s"], report["goodput_per_s"]) == (250.0, 125.0)
+
+
 def test_a_report_without_an_answer() -> None:
     report = summarize(
         [(result(0, 1.0, 2.0, UNAVAILABLE=5), np.empty(0))], status(0.0, 0, 0), status(0.0, 0, 0), "m"
     )
-    assert report["requests_per_s"] == 0
+    assert report["requests_per_s"] == report["goodput_per_s"] == 0
     assert report["p50_ms"] is report["mean_batch_rows"] is report["client_cpu_us_per_request"] is None
     assert report["errors"] == {"UNAVAILABLE": 5}

@@ -2,7 +2,8 @@
 
 Closed loop: as many requests under way as `--concurrency` says, one sent for each answer. Open loop
 (`--rate`): requests at random instants whatever the server does, each timed from when it was to be sent,
-so that a server that stalls is charged for everyone it kept waiting.
+so that a server that stalls is charged for everyone it kept waiting. With `--request-timeout-ms` requests
+carry a deadline, and what was answered within it is the goodput.
 """
 
 from __future__ import annotations
@@ -58,6 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_rate,
         help="requests per second, of all clients together, at random instants",
     )
+    parser.add_argument(
+        "--request-timeout-ms",
+        metavar="MS",
+        type=_patience,
+        help="timeout of each request, which the server is told (default: none)",
+    )
     parser.add_argument("--clients", metavar="K", type=count, default=1, help="client processes (default: 1)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     add_endpoint(parser)
@@ -71,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
         PoolError: no server, no such model, or the inputs do not suit it.
     """
     window = args.concurrency or (None if args.rate else 32)
+    patience_s = None if args.request_timeout_ms is None else args.request_timeout_ms / 1e3
     if args.requests < args.clients or (window is not None and window < args.clients):
         raise ConfigError(
             "pool bench: wanted at least one request, and one of --concurrency, for each of --clients"
@@ -89,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
                 recipe=recipe,
                 seed=i,
                 timeout_s=args.timeout,
+                patience_s=patience_s,
             )
             for i in range(args.clients)
         ]
@@ -96,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
             before = client.status()
             results = clients.run()
             after = client.status()
-    report = summarize(results, before, after, args.model)
+    report = summarize(results, before, after, args.model, patience_s)
     if args.json:
         print_json(report)
     else:
@@ -244,7 +253,13 @@ def _read_line(child: subprocess.Popen[bytes]) -> dict[str, Any]:
 # -- the figures -----------------------------------------------------------------------------------
 
 
-def summarize(results: Results, before: dict[str, Any], after: dict[str, Any], model: str) -> dict[str, Any]:
+def summarize(
+    results: Results,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    model: str,
+    patience_s: float | None = None,
+) -> dict[str, Any]:
     """The report: exact percentiles over all answers, and what the server spent in between.
 
     Args:
@@ -252,9 +267,11 @@ def summarize(results: Results, before: dict[str, Any], after: dict[str, Any], m
         before: The server's status when the clients were ready.
         after: The same when they had ended.
         model: Whose batches count.
+        patience_s: Timeout of the requests: answers that took longer are no goodput.
     """
     latencies_ms = np.concatenate([latencies_s for _, latencies_s in results]) * 1000
     answered = len(latencies_ms)
+    in_time = answered if patience_s is None else int((latencies_ms <= patience_s * 1000).sum())
     elapsed_s = max(r.ended_s for r, _ in results) - min(r.started_s for r, _ in results)
     errors: Counter[str] = Counter()
     for result, _ in results:
@@ -271,6 +288,7 @@ def summarize(results: Results, before: dict[str, Any], after: dict[str, Any], m
     workers_s = sum(worker["cpu_s"] - worker_s.get(worker["pid"], 0.0) for worker in model_after["workers"])
     return {
         "requests_per_s": round(answered / elapsed_s, 1),
+        "goodput_per_s": round(in_time / elapsed_s, 1),
         **{
             name: round(float(np.percentile(latencies_ms, percent)), 4) if answered else None
             for name, percent in PERCENTILES.items()
@@ -295,6 +313,8 @@ def show(report: dict[str, Any]) -> None:
     server = report["server_cpu_us_per_request"]
     table = Table.grid(padding=(0, 2))
     table.add_row("throughput", f"{report['requests_per_s']:,.0f} requests/s")
+    if report["goodput_per_s"] != report["requests_per_s"]:
+        table.add_row("answered in time", f"{report['goodput_per_s']:,.0f} requests/s")
     for name, percent in PERCENTILES.items():
         table.add_row(f"latency, {percent} %", shown(report[name], "ms"))
     table.add_row("rows in a batch, mean", shown(report["mean_batch_rows"], "").strip())
@@ -316,4 +336,11 @@ def _rate(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1e7:
         raise argparse.ArgumentTypeError(f"wanted requests per second from above 0 to 10000000, got {text}")
+    return value
+
+
+def _patience(text: str) -> float:
+    value = float(text)
+    if not 1 <= value < 1 << 32:
+        raise argparse.ArgumentTypeError(f"wanted milliseconds from 1 to below 2^32, got {text}")
     return value

@@ -37,7 +37,8 @@ Inputs = dict[str, npt.NDArray[Any]]
 
 VARIANTS = 16  # different inputs a client makes up, sent in turn
 FILE_VARIANTS = 256  # different inputs it cuts from a file at most
-ID_START, ID_END = 8, 16  # of a request's id in the header (`docs/wire.md` 2)
+# Of a request's id in the header, and of its timeout behind it (`docs/wire.md` 2).
+ID_START, ID_END, TIMEOUT_END = 8, 16, 20
 BURST = 64  # sent, or taken, before looking at the other side
 TELL_S = 0.1  # between two lines about the progress
 
@@ -57,6 +58,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
         recipe: How to make them up.
         seed: Other values and other instants for each client.
         timeout_s: Longest time without any answer.
+        patience_s: Timeout of each request, counted from when it is sent, or with a rate from when it was to
+            be sent; the server is told what remains. None for no timeout.
     """
 
     endpoint: str
@@ -69,6 +72,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     recipe: Recipe
     seed: int
     timeout_s: float
+    patience_s: float | None = None
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,6 +134,12 @@ def instants(rate: float, count: int, seed: int) -> npt.NDArray[np.float64]:
     return np.cumsum(np.random.default_rng(seed).exponential(1 / rate, count))
 
 
+def timeout_field(remaining_s: float | None) -> bytes:
+    """A header's timeout: whole milliseconds, at least 1; 0 for none."""
+    remaining_ms = 0 if remaining_s is None else max(1, int(remaining_s * 1e3))
+    return remaining_ms.to_bytes(TIMEOUT_END - ID_END, "little")
+
+
 class LoadClient:
     """The connection, the requests under way, and the times taken.
 
@@ -148,7 +158,7 @@ class LoadClient:
         sockets = (self._connection.socket, self._connection.monitor)
         self._watched = [(socket, zmq.POLLIN) for socket in sockets]
         self._descriptors = [int(socket.get(zmq.FD)) for socket in sockets]
-        # Of each input: its message before and after the request's id, and its tensors.
+        # Of each input: its message before the request's id and after its timeout, and its tensors.
         self._messages: list[tuple[bytes, bytes, list[Frame]]] = []
         self._latencies_s: list[float] = []
         self._errors: dict[str, int] = {}
@@ -185,7 +195,7 @@ class LoadClient:
             if len(self._messages) < VARIANTS:
                 self._call(request).take_outputs()
             header, *tensors = request[1]
-            self._messages.append((header[:ID_START], header[ID_END:], tensors))
+            self._messages.append((header[:ID_START], header[TIMEOUT_END:], tensors))
 
     def _call(self, request: Request) -> Reply:
         self._connection.send(request[1])
@@ -234,6 +244,7 @@ class LoadClient:
         begun_s: list[float] = [] if due_s is None else due_s  # what latencies are counted from
         messages, variants = self._messages, len(self._messages)
         send, clock = self._connection.send, time.monotonic
+        timeout = timeout_field(task.patience_s)
         sent = 0
         heard_s = started_s
         while self._done < total:
@@ -243,7 +254,9 @@ class LoadClient:
             due: list[Request] = []
             while sent < stop and (due_s is None or due_s[sent] <= now):
                 head, rest, tensors = messages[sent % variants]
-                due.append((sent, [head + sent.to_bytes(8, "little") + rest, *tensors]))
+                if task.patience_s is not None and due_s is not None:
+                    timeout = timeout_field(due_s[sent] + task.patience_s - now)
+                due.append((sent, [head + sent.to_bytes(8, "little") + timeout + rest, *tensors]))
                 sent += 1
             if due_s is None:
                 begun_s += [now] * len(due)
