@@ -621,22 +621,63 @@ def test_nothing_starves(arrivals, run_s):
 # -- predicting ---------------------------------------------------------------------------------------
 
 
-def test_the_wait_is_predicted_from_the_batches_ahead_and_the_time_of_a_batch():
-    batcher = Batcher(8)
+def busy_batcher(workers, slots=8, run_s=2.0):
+    """At 10.0, each of the workers begins a batch; one took `run_s`."""
+    batcher = Batcher(slots)
     batcher.worker_ready(0)
-    place(batcher, rows=4)
-    ((slot, _),) = batcher.dispatch(0.0)
+    place(batcher, rows=4, now=10.0 - run_s)
+    ((slot, _),) = batcher.dispatch(10.0 - run_s)
     assert batcher.expected_s == 0.0  # nothing has run yet
-    batcher.finish(slot, 2.0)
+    batcher.finish(slot, 10.0)
     batcher.release(slot)
-    batcher.worker_ready(0)
+    for worker in range(workers):
+        batcher.worker_ready(worker)
     assert batcher.expected_s == 0.0  # a worker is idle
-    place(batcher, rows=4)
-    batcher.dispatch(2.0)
+    for _ in range(workers):
+        place(batcher, rows=4, now=10.0)
+    assert len(batcher.dispatch(10.0)) == workers
+    return batcher
+
+
+def test_the_wait_is_predicted_from_what_runs_and_the_batches_ahead():
+    batcher = busy_batcher(workers=1)
+    assert batcher.expected_s == 4.0  # the batch that runs, and its own
+    for ahead in (1, 2, 3):
+        place(batcher, rows=4, now=10.0)
+        assert batcher.expected_s == 4.0 + 2.0 * ahead
+
+
+def test_a_row_that_joins_the_last_batch_does_not_wait_for_it():
+    batcher = busy_batcher(workers=1)
+    place(batcher, rows=4, now=10.0)
+    place(batcher, rows=1, now=10.0)
+    assert batcher.expected_s == 6.0
+    place(batcher, rows=3, now=10.0)
+    assert batcher.expected_s == 8.0  # now it is full: the next row goes to another
+
+
+def test_the_wait_grows_shorter_while_a_batch_runs():
+    batcher = busy_batcher(workers=1)
+    batcher.expect(11.5)
+    assert batcher.expected_s == 2.5
+    batcher.expect(13.0)  # it is late: it may be done any moment
     assert batcher.expected_s == 2.0
-    for _ in range(3):
-        place(batcher, rows=4)
-    assert batcher.expected_s == 8.0
+
+
+def test_the_wait_is_for_the_worker_that_is_free_first():
+    batcher = busy_batcher(workers=2)
+    (one, _) = batcher.running()
+    batcher.finish(one, 11.0)
+    batcher.release(one)
+    batcher.worker_ready(1)
+    place(batcher, rows=4, now=11.0)
+    batcher.dispatch(11.0)
+    run_s = 2.0 + 0.1 * (1.0 - 2.0)  # of the newest, a tenth
+    assert batcher.expected_s == pytest.approx(10.0 + 2 * run_s - 11.0)
+    place(batcher, rows=4, now=11.0)
+    assert batcher.expected_s == pytest.approx(11.0 + 2 * run_s - 11.0)
+    place(batcher, rows=4, now=11.0)
+    assert batcher.expected_s == pytest.approx(10.0 + 3 * run_s - 11.0)
 
 
 # -- running again ------------------------------------------------------------------------------------

@@ -53,8 +53,8 @@ class Batcher:
         timeout_s: Longest run of a batch.
 
     Attributes:
-        expected_s: How long a row placed now will wait for its answer, as run times so far tell; 0 while
-            a worker is idle, for then it runs and tells more.
+        expected_s: How long a row placed at the last event will wait for its answer, as run times so far
+            tell; 0 while a worker is idle, for then it runs and tells more. `expect` brings it up to date.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class Batcher:
         self.timeout_s = timeout_s
         self.expected_s = 0.0
         self._run_s = 0.0
+        self._now = 0.0  # the last that was passed in
         # Last in, first out for both: the slot and the worker used last are the ones still in cache.
         self._free = list(reversed(self.slots))
         self._ready: list[int] = []
@@ -101,7 +102,7 @@ class Batcher:
             slot.opened_at = now
             self._lanes[slot.key & (LANES - 1)].append(slot)
             self._queued += 1
-            self._expect()
+            self.expect(now)
         ticket.start = slot.rows
         slot.tickets.append(ticket)
         slot.rows += ticket.rows
@@ -111,6 +112,7 @@ class Batcher:
         if slot.rows >= slot.capacity:
             assert slot.rows == slot.capacity, "rows placed beyond the slot"
             del self._open[slot.key]
+            self.expect(now)  # the next row goes to another slot, behind this one
 
     def close(self, slot: Slot) -> None:
         """Take no more rows into an open slot that has some (its string heap is full)."""
@@ -130,13 +132,13 @@ class Batcher:
         """A worker can take a batch."""
         assert worker not in self._ready, "worker is ready twice"
         self._ready.append(worker)
-        self._expect()
+        self.expect(self._now)
 
     def worker_lost(self, worker: int) -> None:
         """A worker can take no more batches (it died or drains)."""
         if worker in self._ready:
             self._ready.remove(worker)
-            self._expect()
+            self.expect(self._now)
 
     def dispatch(self, now: float) -> list[tuple[Slot, int]]:
         """Give batches to ready workers; the slots returned are theirs from now on."""
@@ -161,7 +163,7 @@ class Batcher:
         slot.runs += 1
         slot.is_overdue = False
         self._running[slot.index] = slot
-        self._expect()
+        self.expect(now)
 
     def _next_batch(self, now: float) -> Slot | None:
         """Take the batch that goes next out of its lane."""
@@ -192,7 +194,7 @@ class Batcher:
         del self._running[slot.index]
         run_s = now - slot.dispatched_at
         self._run_s += _RUN_WEIGHT * (run_s - self._run_s) if self._run_s else run_s
-        self._expect()
+        self.expect(now)
         return [ticket for ticket in slot.tickets if not ticket.is_settled]
 
     def release(self, slot: Slot) -> None:
@@ -208,12 +210,20 @@ class Batcher:
         slot._clear()
         self._free.append(slot)
 
-    def _expect(self) -> None:
+    def expect(self, now: float) -> None:
+        """Predict anew how long a row placed now will wait for its answer."""
+        self._now = now
         if self._ready and not self._queued:
             self.expected_s = 0.0
-        else:
-            workers = len(self._ready) + len(self._running)
-            self.expected_s = self._run_s * (1 + self._queued // max(1, workers))
+            return
+        run_s = self._run_s
+        # When each worker can take a batch: those that run one had better be done with it by then.
+        free_at = sorted([max(now, slot.dispatched_at + run_s) for slot in self._running.values()])
+        free_at[:0] = [now] * len(self._ready) or ([] if free_at else [now])
+        # A slot that has room takes the row itself. With several, it may be none of them that does.
+        ahead = self._queued - (len(self._open) == 1 and self._queued > 0)
+        rounds, worker = divmod(ahead, len(free_at))
+        self.expected_s = free_at[worker] + (rounds + 1) * run_s - now
 
     # -- running again ------------------------------------------------------------------------------
 
@@ -221,7 +231,7 @@ class Batcher:
         """The slot's worker is dead and waited for: it is HELD. Gives the tickets still to be answered."""
         slot.state = next_slot_state(slot.state, SlotEvent.REAP)
         del self._running[slot.index]
-        self._expect()
+        self.expect(self._now)
         return [ticket for ticket in slot.tickets if not ticket.is_settled]
 
     def hold(self, slot: Slot) -> None:
@@ -256,7 +266,7 @@ class Batcher:
         assert slot.state is SlotState.HELD, "requeueing a slot that is not held"
         self._lanes[slot.priority].appendleft(slot)
         self._queued += 1
-        self._expect()
+        self.expect(self._now)
 
     # -- time ---------------------------------------------------------------------------------------
 
@@ -298,7 +308,7 @@ class Batcher:
             del self._open[slot.key]
         event = SlotEvent.RELEASE if slot.state is SlotState.HELD else SlotEvent.ABANDON
         self._give_back(slot, event)
-        self._expect()
+        self.expect(self._now)
 
     def withdraw(self, slot: Slot, ticket: Ticket) -> None:
         """The ticket's answer is not wanted any more; a waiting batch of such tickets alone is dropped."""

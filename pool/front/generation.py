@@ -185,6 +185,7 @@ class Generation:
             Overloaded: the sentence says which of the two.
         """
         patience = ticket.deadline - now
+        self.batcher.expect(now)
         if patience < self.batcher.expected_s:
             raise self._overloaded(
                 f"model {self.model!r} would answer in about {self.batcher.expected_s * 1e3:.0f} ms; "
@@ -307,6 +308,7 @@ class Generation:
         columns = read_numeric(route, sum([ticket.rows for ticket in tickets]), frames)
         key, account = tickets[0].key, tickets[0].account
         barred = self._barred(tickets, columns, now) if self.poison else {}
+        self.batcher.expect(now)
         refused: list[tuple[PoolError, list[Ticket]]] = []
         first = done = 0
         while first < len(tickets):
