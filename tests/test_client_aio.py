@@ -711,7 +711,9 @@ def test_a_server_that_is_gone_is_left_for_another(run, endpoint):
     run(main())
 
 
-def test_a_server_that_is_unavailable_is_used_if_there_is_no_other(run, endpoint):
+def test_a_server_that_is_unavailable_is_used_if_there_is_no_other(run, endpoint, monkeypatch):
+    monkeypatch.setattr(dial, "_GRACE_S", 0.01)
+
     async def main(server):
         async with AsyncClient([endpoint + "2", endpoint], retry=QUICK) as client:
             with pytest.raises(Unavailable, match="stopping; gave up after 5 attempts"):

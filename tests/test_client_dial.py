@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import socket
+import math
 import tempfile
 
 import pytest
@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pool.client import dial as dial_module
+from pool.client.core import ClientCore
 from pool.client.dial import Dial, Preference
 from tests.scripted_server import scripted_server
 
@@ -51,12 +52,11 @@ def context():
         yield context
 
 
-def settled(dial: Dial) -> None:
-    """Wait until every attempt to connect has succeeded or failed once."""
-    left = list(dial.connections)
-    while left:
+def wait_for(connections) -> None:
+    """Wait until all of these are connected."""
+    left = list(connections)
+    while left := [each for each in left if not each.is_connected()]:
         zmq.zmq_poll([(each.monitor, zmq.POLLIN) for each in left], -1)
-        left = [each for each in left if not each.is_connected() and not each.has_failed]
 
 
 def test_the_first_in_order_is_taken_of_those_that_answer(directory, context):
@@ -66,38 +66,66 @@ def test_the_first_in_order_is_taken_of_those_that_answer(directory, context):
         scripted_server(names[2]),
         contextlib.closing(Dial(context, Preference(names), 0.0)) as dial,
     ):
-        settled(dial)
+        wait_for(dial.connections[1:])
         connection = dial.take(0.0)
         assert connection.endpoint == names[1]
         connection.close()
         assert len(dial.connections) == 2
 
 
-def test_one_that_is_avoided_is_taken_when_the_others_are_not_there(directory, context):
+def test_one_that_is_avoided_is_taken_when_no_other_answers(directory, context):
     nobody, there = directory + "a", directory + "b"
     preference = Preference([nobody, there])
     preference.avoid(there, 0.0)
     with scripted_server(there), contextlib.closing(Dial(context, preference, 0.0)) as dial:
-        assert dial.take(0.0) is None
-        settled(dial)
-        connection = dial.take(0.0)
+        wait_for(dial.connections[1:])
+        assert 0 < dial.decides_at < dial_module._AVOID_S
+        assert dial.take(dial.decides_at - 0.01) is None
+        connection = dial.take(dial.decides_at)
         assert connection.endpoint == there
         connection.close()
-    assert preference.is_avoided(nobody, 0.0)  # so that it is not dialled again soon
-    assert not preference.has_better(there, 0.0)
+        assert preference.is_avoided(nobody, dial.decides_at)  # so that it is not waited for again soon
+        assert not preference.has_better(there, dial.decides_at)
 
 
-def test_one_that_is_avoided_waits_for_those_that_say_nothing(directory, context):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
-        there = directory + "b"
-        preference = Preference([address, there])
-        preference.avoid(there, 0.0)
-        with scripted_server(there), contextlib.closing(Dial(context, preference, 0.0)) as dial:
-            while not dial.connections[1].is_connected():
-                zmq.zmq_poll([(dial.connections[1].monitor, zmq.POLLIN)], -1)
-            assert 0 < dial.decides_at < dial_module._AVOID_S
-            assert dial.take(dial.decides_at - 0.01) is None
-            connection = dial.take(dial.decides_at)
-            assert connection.endpoint == there
+def test_one_that_is_avoided_is_not_taken_when_another_answers(directory, context):
+    names = [directory + "a", directory + "b"]
+    preference = Preference(names)
+    preference.avoid(names[0], 0.0)
+    with (
+        scripted_server(names[0]),
+        scripted_server(names[1]),
+        contextlib.closing(Dial(context, preference, 0.0)) as dial,
+    ):
+        wait_for(dial.connections)
+        connection = dial.take(0.0)
+        assert connection.endpoint == names[1]
+        connection.close()
+
+
+def test_a_sole_endpoint_is_taken_as_soon_as_it_answers(directory, context):
+    preference = Preference([directory + "a"])
+    preference.avoid(directory + "a", 0.0)
+    with (
+        scripted_server(directory + "a"),
+        contextlib.closing(Dial(context, preference, 0.0)) as dial,
+    ):
+        assert dial.decides_at == math.inf
+        wait_for(dial.connections)
+        dial.take(0.0).close()
+
+
+def test_closing_a_connection_disturbs_no_other(directory, context):
+    # Events of one that is closed while it connects must not stop the thread that serves them all.
+    names = [directory + "a", directory + "b"]
+    core = ClientCore()
+    with scripted_server(names[0]), scripted_server(names[1]):
+        for _ in range(200):
+            with contextlib.closing(Dial(context, Preference(names), 0.0)) as dial:
+                while (connection := dial.take(0.0)) is None:
+                    zmq.zmq_poll([(each.monitor, zmq.POLLIN) for each in dial.connections], -1)
+            id_, frames = core.live_request()
+            connection.send(frames)
+            assert connection.socket.poll(30_000)
+            assert core.receive(connection.receive()).id == id_
             connection.close()

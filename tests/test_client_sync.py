@@ -468,7 +468,8 @@ def test_a_server_that_is_gone_is_left_for_another(endpoint):
         assert second.kinds() == [Kind.PREDICT]
 
 
-def test_a_server_that_is_unavailable_is_used_if_there_is_no_other(endpoint):
+def test_a_server_that_is_unavailable_is_used_if_there_is_no_other(endpoint, monkeypatch):
+    monkeypatch.setattr(dial, "_GRACE_S", 0.01)
     endpoints = [endpoint + "2", endpoint]
     with scripted_server(endpoint, refuse(STOPPING)) as server, Client(endpoints, retry=QUICK) as client:
         with pytest.raises(Unavailable, match="stopping; gave up after 5 attempts"):

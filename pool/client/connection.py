@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 import zmq
@@ -47,7 +48,6 @@ class Connection:
         socket: The DEALER; carries messages of `docs/wire.md`.
         monitor: Readable when something happened to the connection: ask `is_connected` then, and once
             that was true, `is_broken`.
-        has_failed: Whether an attempt to connect had failed when `is_connected` was last asked. It tries on.
 
     Raises:
         Unavailable: no socket could be made (file descriptors used up).
@@ -63,12 +63,11 @@ class Connection:
             raise Unavailable(f"no connection to {endpoint}: {e}") from e
         try:
             self._set_up(endpoint)
-            events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
+            events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
             address = f"inproc://pool-monitor-{next(_monitor_numbers)}"
             self.monitor = self.socket.get_monitor_socket(events, address)
             self.monitor.linger = 0
             self._stands = False
-            self.has_failed = False
             self.socket.connect(endpoint)
             # pyzmq's Python layer over send costs 0.65 µs a frame; what it would check does not apply here.
             self._send: Callable[..., Any] = super(zmq.Socket, self.socket).send
@@ -98,7 +97,6 @@ class Connection:
         for event in self._news():
             # An attempt that fails in its handshake is reported as a disconnection too; the last word counts.
             self._stands = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
-            self.has_failed = not self._stands
         return self._stands
 
     def is_broken(self) -> bool:
@@ -160,6 +158,11 @@ class Connection:
 
     def close(self) -> None:
         """Close both sockets; what was queued is dropped."""
+        if self.socket.closed:
+            return
+        # First: an event that nobody can take any more blocks ZeroMQ's thread, and so all other connections.
+        with suppress(zmq.ContextTerminated):
+            self.socket.disable_monitor()
         self.socket.close()
         self.monitor.close()
 

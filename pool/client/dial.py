@@ -19,9 +19,9 @@ from pool.errors import ConfigError, DeadlineExceeded, PoolError, Unavailable
 # unavailable, this is how often a client goes from one to the next.
 _AVOID_S = 5.0
 
-# Seconds that an endpoint to be avoided waits for the others to answer. Where nobody listens, that is known
-# at once; this is for those that say nothing.
-_GRACE_S = 1.0
+# Seconds that an endpoint to be avoided waits for the others to answer: far longer than one that is there
+# takes, whatever its models do.
+_GRACE_S = 0.5
 
 
 def endpoints_of(endpoint: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -112,7 +112,7 @@ class Dial:
                 if is_connected:
                     self.connections.remove(connection)
                     return connection
-                waits = waits or not connection.has_failed
+                waits = True
             elif is_connected and last_resort is None:
                 last_resort = connection
         if last_resort is None or (waits and now < self.decides_at):
