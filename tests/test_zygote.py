@@ -230,6 +230,19 @@ def test_a_child_has_no_descriptors_but_its_own(zygote, loaded, arena):
         assert zygote.await_exit(pid) == 0
 
 
+def oom_score(pid):
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+
+def test_short_of_memory_a_worker_goes_before_the_zygote_and_that_before_the_front(zygote, loaded, arena):
+    pid, bell = zygote.work(loaded[0], arena, loaded[1])
+    assert doorbell.answer(bell) == Message(Ring.READY)
+    scores = [oom_score(process) for process in (os.getpid(), zygote.process.pid, pid)]
+    assert scores[0] + 250 < scores[1] < scores[2] - 250
+    bell.close()
+    assert zygote.await_exit(pid) == 0
+
+
 def test_an_order_that_is_none_ends_the_child_alone(zygote):
     with open("/dev/null", "rb") as nothing:
         pid = zygote.fork("loader", [nothing.fileno(), zygote.lifeline])

@@ -36,6 +36,11 @@ from pool.worker.loop import run_worker
 _MADV_DONTNEED = 4
 _PR_SET_NAME = 15
 
+# In thousandths of the memory there is: parent and child both map the arena and the weights, and the kernel
+# counts these in each. 300 is more than what can make the parent look the larger of the two.
+_OOM_STEP = 300
+_OOM_MOST = 1000
+
 
 def main(control_fd: int, lifeline_fd: int, backend_name: str) -> None:
     """Preload, then fork on request until the front is gone."""
@@ -45,6 +50,7 @@ def main(control_fd: int, lifeline_fd: int, backend_name: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sock = socket.socket(fileno=control_fd)
     name_process("pool-zygote")
+    volunteer()
     die_with_front(lifeline_fd)
     with _stderr_held_back():
         find_backend(backend_name).preload()
@@ -122,6 +128,7 @@ def _play(role: str, fds: list[int]) -> None:
     code = 1
     try:
         order_fd, lifeline_fd, *rest = fds
+        volunteer()
         die_with_front(lifeline_fd)
         if role == "loader":
             run_loader(control.read_order(order_fd, control.LoaderOrder), *rest)
@@ -149,6 +156,21 @@ def _tell_where_it_dies() -> None:
     """
     faulthandler.enable()
     faulthandler.register(control.TRACEBACK_SIGNAL)
+
+
+def volunteer() -> None:
+    """Offer to be killed before this process's parent when memory runs out (proc(5), oom_score_adj).
+
+    The front is worth most and the zygote next; a worker's batch runs again elsewhere. To go further up than
+    the parent, whatever that was given, needs no privilege.
+    """
+    with (
+        suppress(OSError),
+        open("/proc/self/oom_score_adj", "r+") as f,
+    ):  # /proc may be anything in a container
+        score = int(f.read())
+        f.seek(0)
+        f.write(str(min(score + _OOM_STEP, _OOM_MOST)))
 
 
 def name_process(name: str) -> None:
