@@ -11,29 +11,39 @@ import zmq
 from pool.errors import ConfigError
 
 
-def bind(router: zmq.Socket[bytes], endpoint: str, permissions: int) -> str | None:
+def bind(
+    router: zmq.Socket[bytes], endpoint: str, permissions: int, passed_fd: int | None = None
+) -> str | None:
     """Bind `router` to an endpoint.
 
     Args:
         router: Not bound there yet.
         endpoint: `ipc://` or `tcp://`.
         permissions: Of the socket file.
+        passed_fd: The socket listening there, if the service manager made it (`pool.front.activation`);
+            ZeroMQ's from now on. Its file is the manager's, permissions and all.
 
     Returns:
-        The socket file to remove when done, for `ipc://`.
+        The socket file to remove when done, for an `ipc://` endpoint bound here.
 
     Raises:
         ConfigError: it cannot be bound; the sentence says which and why.
     """
     path = endpoint.removeprefix("ipc://") if endpoint.startswith("ipc://") else None
-    if path is not None:
+    if passed_fd is not None:
+        router.setsockopt(zmq.USE_FD, passed_fd)
+    elif path is not None:
         _prepare_ipc(path)
     try:
         router.bind(endpoint)
     except zmq.ZMQError as e:
         raise ConfigError(f"endpoint {endpoint}: cannot bind: {e.strerror}") from None
-    if path is not None:
-        os.chmod(path, permissions)
+    finally:
+        if passed_fd is not None:
+            router.setsockopt(zmq.USE_FD, -1)  # which is not for the next endpoint
+    if path is None or passed_fd is not None:
+        return None
+    os.chmod(path, permissions)
     return path
 
 

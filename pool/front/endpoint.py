@@ -14,7 +14,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -76,6 +76,7 @@ class Endpoint:
         config: The `[server]` table.
         endpoints: Where to bind, resolved (`pool.endpoints`).
         describe: More of the front's part of the status document.
+        passed: Sockets that listen there already, by endpoint (`pool.front.activation`).
     """
 
     def __init__(
@@ -84,11 +85,13 @@ class Endpoint:
         config: ServerConfig,
         endpoints: Sequence[str],
         describe: Callable[[], dict[str, Any]],
+        passed: Mapping[str, int] | None = None,
     ) -> None:
         self._engine = engine
         self._describe_more = describe
         self._config = config
         self.endpoints = tuple(endpoints)
+        self._passed = dict(passed or {})
         self._loop = asyncio.get_running_loop()
         # One I/O thread: `pool.front.clients` rests on the order in which it tells of things.
         self._context = zmq.Context(io_threads=1)
@@ -129,7 +132,9 @@ class Endpoint:
         """
         self._connections = Connections(self._router, self._clients, self._withdraw)
         for endpoint in self.endpoints:
-            path = bind(self._router, endpoint, self._config.ipc_permissions)
+            path = bind(
+                self._router, endpoint, self._config.ipc_permissions, self._passed.pop(endpoint, None)
+            )
             if path is not None:
                 self._socket_files.append(path)
         self._fd = int(self._router.getsockopt(zmq.FD))

@@ -21,6 +21,7 @@ from pool.config import Config, ModelConfig, ServerConfig
 from pool.errors import ModelNotFound, PoolError, Unavailable, VersionNotFound
 from pool.front.awake import Awake, Event
 from pool.front.generation import Generation
+from pool.front.heartbeat import Batch, Vitals
 from pool.front.route import Route
 from pool.front.serving import Serving, stopping
 from pool.front.slots import Slot, Ticket
@@ -390,6 +391,25 @@ class Engine:
         assert serving is not None, "a model that is served"
         serving.apply(config)
         self.on_unserved()  # routes know priority, timeout and limits
+
+    def running(self) -> Iterator[Batch]:
+        """The batches that workers have."""
+        for generation in self._servings:
+            for slot in generation.batcher.running():
+                yield Batch(generation.model, slot.dispatched_at, generation.batcher.timeout_s)
+
+    def vitals(self) -> Vitals:
+        """How it is, in numbers."""
+        readiness = self.readiness()
+        served = [model.serving for model in self.models.values() if model.serving is not None]
+        states = [worker.state for serving in served for worker in serving.replicas.workers]
+        return Vitals(
+            models=len(readiness),
+            models_ready=sum(readiness.values()),
+            workers=sum(config.workers for config in self.config.models.values()),
+            workers_ready=sum(state in (WorkerState.READY, WorkerState.BUSY) for state in states),
+            queue_rows=sum(generation.batcher.queue_rows for generation in self._servings),
+        )
 
     async def status(self) -> dict[str, Any]:
         """The engine's part of the status document (`docs/operations.md`)."""

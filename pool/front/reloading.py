@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 import msgspec
 
@@ -73,6 +74,7 @@ class Reloads:
     Args:
         engine: To serve another configuration.
         path: Of the configuration file.
+        tell: Called with True when a reload begins, and with False when it is over.
 
     Attributes:
         path: As above.
@@ -81,8 +83,9 @@ class Reloads:
         changes: What the last one changed.
     """
 
-    def __init__(self, engine: Engine, path: str) -> None:
+    def __init__(self, engine: Engine, path: str, tell: Callable[[bool], None]) -> None:
         self._engine = engine
+        self._tell = tell
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[None] | None = None
         self._is_asked = False
@@ -105,6 +108,7 @@ class Reloads:
     async def _work(self) -> None:
         while self._is_asked and not self._engine.is_draining:
             self._is_asked = False
+            self._tell(True)
             log.info("reloading file=%s", self.path)
             try:
                 config = await self._loop.run_in_executor(None, load_config, self.path)
@@ -119,6 +123,7 @@ class Reloads:
                     log.info("changed %s", change)
                 log.info("reloaded changes=%d", len(self.changes))
             self.count += 1
+            self._tell(False)
         self._task = None
 
     async def stop(self) -> None:

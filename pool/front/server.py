@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import faulthandler
 import gc
 import logging
 import os
@@ -18,8 +19,11 @@ import uvloop
 from pool.config import Config
 from pool.endpoints import default_endpoint
 from pool.errors import ConfigError, PoolError
+from pool.front.activation import assign, take_sockets
 from pool.front.endpoint import Endpoint
 from pool.front.engine import Engine
+from pool.front.heartbeat import Heartbeat
+from pool.front.notify import Notifier, status
 from pool.front.reloading import Reloads
 from pool.front.sizing import plan_arena
 from pool.front.status import describe_report
@@ -40,15 +44,30 @@ def serve(config: Config, path: str) -> int:
     Args:
         config: Checked.
         path: The file it is from, read again on SIGHUP.
+
+    Raises:
+        ConfigError: the service manager handed over what cannot be served.
     """
     logging.basicConfig(
         level=config.server.log_level.upper(),
         stream=sys.stderr,
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
     )
+    # What blocks the loop is in the traceback that the service manager's SIGABRT leaves in the log.
+    faulthandler.enable()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
     keep_freed_memory()
-    return uvloop.run(_serve(config, os.path.abspath(path)))
+    # Taken out of the environment before there is any child to inherit it.
+    notifier = Notifier.from_environment(os.environ)
+    assigned = assign(take_sockets(os.environ), config.server.endpoints)
+
+    async def run() -> int:
+        return await Front(config, os.path.abspath(path), notifier, assigned).run()
+
+    try:
+        return uvloop.run(run())
+    finally:
+        notifier.close()
 
 
 def keep_freed_memory() -> None:
@@ -64,80 +83,100 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 256 << 20)
 
 
-async def _serve(config: Config, path: str) -> int:
-    loop = asyncio.get_running_loop()
-    stops = 0
-    stopping = asyncio.Event()
-    hurrying = asyncio.Event()
+class Front:
+    """The front's parts, from start to stop. Make it inside a running event loop.
 
-    def stop() -> None:
-        nonlocal stops
-        stops += 1
-        (stopping if stops == 1 else hurrying).set()
+    Args:
+        config: Checked.
+        path: The file it is from.
+        notifier: To the service manager.
+        assigned: Sockets that it handed over, by endpoint.
+    """
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
-    engine = Engine(config)
-    reloads = Reloads(engine, path)
-    endpoint = Endpoint(
-        engine,
-        config.server,
-        config.server.endpoints or (default_endpoint(),),
-        lambda: {"reload": reloads.describe(), "config": msgspec.to_builtins(engine.config)},
-    )
-    starting: asyncio.Task[None] | None = None
-    try:
-        endpoint.open()
-        log.info("listening %s", " ".join(endpoint.endpoints))
-        starting = loop.create_task(engine.start())
-        code = await _run(engine, reloads, starting, stopping, hurrying)
-    except ConfigError as e:
-        log.error("%s", e.message)
-        code = EXIT_CONFIG
-    except PoolError as e:
-        log.error("%s: %s", e.code, e.message)
-        code = EXIT_FAILED
-    finally:
-        if starting is not None and not starting.done():
-            starting.cancel()
-            await asyncio.wait([starting])
-        await engine.stop()
-        endpoint.close()
-    log.info("stopped exit_code=%d", code)
-    return code
+    def __init__(self, config: Config, path: str, notifier: Notifier, assigned: dict[str, int]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._notifier = notifier
+        self._engine = Engine(config)
+        self._reloads = Reloads(self._engine, path, self._reloading)
+        endpoints = config.server.endpoints or tuple(assigned) or (default_endpoint(),)
+        self._endpoint = Endpoint(self._engine, config.server, endpoints, self._describe, assigned)
+        self._heartbeat = Heartbeat(notifier, self._engine, lambda: self._endpoint.requests)
+        self._stops = 0
+        self._stopping = asyncio.Event()
+        self._hurrying = asyncio.Event()
 
+    async def run(self) -> int:
+        """Start, serve, drain, stop; gives the exit code."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._stop)
+        starting: asyncio.Task[None] | None = None
+        failure = ""
+        try:
+            self._heartbeat.start()
+            self._endpoint.open()
+            log.info("listening %s", " ".join(self._endpoint.endpoints))
+            starting = self._loop.create_task(self._engine.start())
+            code = await self._serve(starting)
+        except ConfigError as e:
+            code, failure = EXIT_CONFIG, e.message
+            log.error("%s", failure)
+        except PoolError as e:
+            code, failure = EXIT_FAILED, f"{e.code}: {e.message}"
+            log.error("%s", failure)
+        finally:
+            self._heartbeat.stopping()
+            if starting is not None and not starting.done():
+                starting.cancel()
+                await asyncio.wait([starting])
+            await self._reloads.stop()
+            await self._engine.stop()
+            self._endpoint.close()
+            self._heartbeat.close()
+        if failure:  # the last word, which `systemctl status` keeps
+            self._notifier.send(status(failure))
+        log.info("stopped exit_code=%d", code)
+        return code
 
-async def _run(
-    engine: Engine,
-    reloads: Reloads,
-    starting: asyncio.Task[None],
-    stopping: asyncio.Event,
-    hurrying: asyncio.Event,
-) -> int:
-    loop = asyncio.get_running_loop()
-    stop = loop.create_task(stopping.wait())
-    try:
-        await asyncio.wait([starting, stop], return_when=asyncio.FIRST_COMPLETED)
-        if starting.done():
-            starting.result()
-            # What exists now lives as long as the process: no collection need walk it again.
-            gc.collect()
-            gc.freeze()
-            log.info("ready models=%s", ",".join(engine.models))
-            loop.add_signal_handler(signal.SIGHUP, reloads.ask)
-            await stop
-    finally:
-        stop.cancel()
-    timeout_s = engine.config.server.drain_timeout_s
-    log.info("draining timeout_s=%g", timeout_s)
-    drain = loop.create_task(engine.drain(timeout_s))
-    await reloads.stop()
-    hurry = loop.create_task(hurrying.wait())
-    await asyncio.wait([drain, hurry], return_when=asyncio.FIRST_COMPLETED)
-    hurry.cancel()
-    finished = drain.done() and drain.result()
-    drain.cancel()
-    return EXIT_OK if finished else EXIT_FAILED
+    def _stop(self) -> None:
+        self._stops += 1
+        (self._stopping if self._stops == 1 else self._hurrying).set()
+
+    def _reloading(self, is_reloading: bool) -> None:
+        if is_reloading:
+            self._heartbeat.reloading()
+        elif not self._stopping.is_set():
+            self._heartbeat.ready()
+
+    def _describe(self) -> dict[str, Any]:
+        return {"reload": self._reloads.describe(), "config": msgspec.to_builtins(self._engine.config)}
+
+    async def _serve(self, starting: asyncio.Task[None]) -> int:
+        stop = self._loop.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait([starting, stop], return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                starting.result()
+                # What exists now lives as long as the process: no collection need walk it again.
+                gc.collect()
+                gc.freeze()
+                log.info("ready models=%s", ",".join(self._engine.models))
+                self._heartbeat.ready()
+                self._loop.add_signal_handler(signal.SIGHUP, self._reloads.ask)
+                await stop
+        finally:
+            stop.cancel()
+        self._heartbeat.stopping()
+        return await self._drain(self._engine.config.server.drain_timeout_s)
+
+    async def _drain(self, timeout_s: float) -> int:
+        log.info("draining timeout_s=%g", timeout_s)
+        drain = self._loop.create_task(self._engine.drain(timeout_s))
+        hurry = self._loop.create_task(self._hurrying.wait())
+        await asyncio.wait([drain, hurry], return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        finished = drain.done() and drain.result()
+        drain.cancel()
+        return EXIT_OK if finished else EXIT_FAILED
 
 
 def check(config: Config) -> dict[str, Any]:
