@@ -766,6 +766,7 @@ def damaged(header: Header) -> dict[str, list[list[bytes]]]:
         "another version": [[b"pl\x02" + wire.encode_error(header.id, Overloaded("x"))[3:]]],
         "a request": [[wire.encode_header(Header(Kind.LIVE, header.id, b""))]],
         "no tensor": [result(header, [])],
+        "no table": [[wire.head(Kind.ERROR, Flag.BUNDLE) + wire.encode_error(0, Overloaded("x"))[8:]]],
         "no meta": [[wire.encode_header(Header(Kind.RESULT, header.id, b"")), b""]],
         "a tensor too short": [result(header, [bytes(11)])],
         "an answer to something else": [
@@ -779,6 +780,7 @@ NONSENSE = [
     "another version",
     "a request",
     "no tensor",
+    "no table",
     "no meta",
     "a tensor too short",
     "an answer to something else",
@@ -795,6 +797,29 @@ def test_nonsense_is_one_error_and_the_next_call_works(run, endpoint, name):
                 assert await client.live()
 
     with scripted_server(endpoint, on_predict(lambda header, _: damaged(header)[name])):
+        run(main())
+
+
+def test_refusals_come_in_bundles_too(run, endpoint):
+    waiting = []
+
+    def refuse_by_threes(header, _tensors):
+        waiting.append(header.id)
+        if len(waiting) % 3:
+            return None
+        alone = wire.encode_error(0, Overloaded("full", retry_after_ms=7))
+        table = b"".join(wire.PART.pack(id_, 0, 0) for id_ in waiting[-3:])
+        return [[wire.head(Kind.ERROR, Flag.BUNDLE) + alone[wire.HEAD_BYTES :], table]]
+
+    async def main():
+        async with AsyncClient(endpoint) as client:
+            calls = [client.predict("m", rows(1)) for _ in range(9)]
+            for outcome in await asyncio.gather(*calls, return_exceptions=True):
+                assert isinstance(outcome, Overloaded)
+                assert outcome.retry_after_ms == 7
+            assert await client.live()
+
+    with scripted_server(endpoint, on_predict(refuse_by_threes)):
         run(main())
 
 
