@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -68,9 +69,18 @@ class Server:
 StartServer = Callable[..., AbstractContextManager[Server]]
 
 
+def _limit_descriptors(most: int) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 @contextmanager
 def _server(
-    folder: Path, models: str, *, server: str = "", endpoints: list[str] | None = None
+    folder: Path,
+    models: str,
+    *,
+    server: str = "",
+    endpoints: list[str] | None = None,
+    descriptors: int | None = None,
 ) -> Iterator[Server]:
     endpoints = endpoints or [f"ipc://{folder}/pool.sock"]
     config = folder / "pool.toml"
@@ -83,6 +93,7 @@ def _server(
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
+            preexec_fn=None if descriptors is None else lambda: _limit_descriptors(descriptors),
         )
     running = Server(process, endpoints, config, log)
     try:
@@ -108,7 +119,8 @@ def _server(
 def start_server() -> StartServer:
     """`with start_server(folder, "[models.m] ...") as server`: ready inside, stopped cleanly after.
 
-    Keywords: `server`, more lines for the `[server]` table; `endpoints`, other than one ipc socket.
+    Keywords: `server`, more lines for the `[server]` table; `endpoints`, other than one ipc socket;
+    `descriptors`, how many its process may have.
     """
     return _server
 

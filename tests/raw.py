@@ -101,7 +101,7 @@ class Raw:
         """Ask, and give the document: nothing else may be answered meanwhile."""
         id_ = self.send_kind(kind)
         (found,) = self.collect(1).items()
-        assert found[0] == id_
+        assert found[0] == id_, found
         assert isinstance(found[1], dict)
         return found[1]
 
@@ -146,3 +146,20 @@ def await_that(condition: Callable[[], Any]) -> None:
     deadline = time.monotonic() + ANSWER_TIMEOUT_MS / 1000
     while not condition():
         assert time.monotonic() < deadline, "it does not come about"
+
+
+def await_room(raw: Raw, model: str, rows: int) -> None:
+    """Wait until so many rows of a drill model are free."""
+
+    def is_answered() -> bool:
+        id_ = raw.send(drill(model, rows))
+        return isinstance(raw.collect(1)[id_], list)
+
+    await_that(is_answered)
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Memory that is the process's alone, whatever it mapped of memory shared."""
+    with open(f"/proc/{pid}/status") as status:
+        (line,) = (line for line in status if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024

@@ -10,6 +10,7 @@ from typing import Any
 import zmq
 
 from pool.front.clients import Client, Clients
+from pool.front.gate import Gate
 
 _EVENT = struct.Struct("=HI")  # which, and the descriptor
 _ACCEPTED, _DISCONNECTED = int(zmq.EVENT_ACCEPTED), int(zmq.EVENT_DISCONNECTED)
@@ -23,11 +24,16 @@ class Connections:
     Args:
         router: Not bound yet.
         clients: The records to keep.
+        gate: Told of descriptors.
         on_gone: Called when clients are gone and nothing else is about to look.
     """
 
-    def __init__(self, router: zmq.Socket[bytes], clients: Clients, on_gone: Callable[[], None]) -> None:
+    def __init__(
+        self, router: zmq.Socket[bytes], clients: Clients, gate: Gate, on_gone: Callable[[], None]
+    ) -> None:
+        self._router = router
         self._clients = clients
+        self._gate = gate
         self._on_gone = on_gone
         self._loop = asyncio.get_running_loop()
         # ZeroMQ's I/O thread waits when the monitor's queue is full, and all traffic with it. A limit of 0
@@ -42,13 +48,16 @@ class Connections:
         self._loop.call_soon(self._look)
 
     def close(self) -> None:
-        """Stop listening; the ROUTER is closed already."""
+        """Stop listening; the ROUTER is about to close."""
+        # First: an event that nobody takes would have ZeroMQ's I/O thread wait for ever.
+        self._router.disable_monitor()
         self._loop.remove_reader(self._fd)
         self._monitor.close()
 
     def _look(self) -> None:
         if not self._monitor.closed:
             self._read()
+            self._gate.disconnected()
             if self._clients.gone:
                 self._on_gone()
 
@@ -63,6 +72,7 @@ class Connections:
             recv(_NOBLOCK)  # the endpoint
             if event == _ACCEPTED:
                 clients.accepted(fd)
+                self._gate.accepted(fd)
             elif event == _DISCONNECTED:
                 clients.disconnected(fd)
 

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
+import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import zmq
@@ -29,6 +28,7 @@ from pool.front.clients import Client, Clients
 from pool.front.columns import frame_size_error
 from pool.front.connections import Connections
 from pool.front.engine import Engine
+from pool.front.gate import Gate
 from pool.front.generation import Generation
 from pool.front.outbound import MARK_BYTES, Outbound, Refusal
 from pool.front.questions import Questions
@@ -113,10 +113,10 @@ class Endpoint:
             self._router, engine, self._clients, config.max_unread_bytes, mark_bytes, self._again
         )
         self._bundles = Bundles(self._outbound)
-        self._questions = Questions(engine, config, self._outbound, self._describe)
+        self._questions = Questions(engine, config, self._outbound, self.describe)
         self._connections: Connections | None = None
         self._cancelled: dict[Client, set[int]] = {}
-        self._socket_files: list[str] = []
+        self._gate = Gate(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self._routes: dict[bytes, Route] = {}
         engine.on_unserved = self._forget_routes
         self._fd = -1
@@ -130,13 +130,13 @@ class Endpoint:
         Raises:
             ConfigError: an address cannot be bound; the sentence says which and why.
         """
-        self._connections = Connections(self._router, self._clients, self._withdraw)
+        self._connections = Connections(self._router, self._clients, self._gate, self._withdraw)
         for endpoint in self.endpoints:
             path = bind(
                 self._router, endpoint, self._config.ipc_permissions, self._passed.pop(endpoint, None)
             )
             if path is not None:
-                self._socket_files.append(path)
+                self._gate.add(path)
         self._fd = int(self._router.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self._drain)
         self._again()
@@ -146,15 +146,14 @@ class Endpoint:
         if self._fd >= 0:
             self._loop.remove_reader(self._fd)
         self._questions.close()
-        self._router.close(linger=1000)
         if self._connections is not None:
             self._connections.close()
-        for path in self._socket_files:
-            with suppress(FileNotFoundError):
-                os.unlink(path)
+        self._router.close(linger=1000)
+        self._gate.remove()
         self._context.term()
 
-    def _describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
+        """The endpoint's part of the status document (`docs/operations.md` 8)."""
         return {
             "uptime_s": time.monotonic() - self._started_at,
             "endpoints": list(self.endpoints),

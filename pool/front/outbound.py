@@ -200,7 +200,7 @@ class Outbound:
             if slot not in client.outbox.pinned and len(client.outbox.pinned) >= _PINNED_SLOTS:
                 return False
         slots = generation.batcher.slots
-        return slot.pins > 0 or sum(s.pins > 0 for s in slots) < max(1, len(slots) // _PINNED_SHARE)
+        return slot.pins > 0 or sum(s.pins > 0 for s in slots) < len(slots) // _PINNED_SHARE
 
     # -- errors and answers to questions --------------------------------------------------------------
 

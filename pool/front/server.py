@@ -8,6 +8,7 @@ import faulthandler
 import gc
 import logging
 import os
+import resource
 import signal
 import sys
 import time
@@ -57,6 +58,7 @@ def serve(config: Config, path: str) -> int:
     faulthandler.enable()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
     keep_freed_memory()
+    allow_descriptors()
     # Taken out of the environment before there is any child to inherit it.
     notifier = Notifier.from_environment(os.environ)
     assigned = assign(take_sockets(os.environ), config.server.endpoints)
@@ -81,6 +83,15 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         mallopt(_M_TRIM_THRESHOLD, 256 << 20)
+
+
+def allow_descriptors() -> None:
+    """Take all file descriptors there are for the asking: each connection is one.
+
+    The usual soft limit of 1,024 is for programs that call select(2).
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class Front:
