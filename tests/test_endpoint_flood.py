@@ -33,7 +33,7 @@ async def with_server(folder, scene):
     }
     config = decode_config({"server": {"endpoints": [endpoint]}, "models": tables}, "test")
     engine = Engine(config)
-    served = Endpoint(engine, config.server, config.server.endpoints)
+    served = Endpoint(engine, config.server, config.server.endpoints, dict)
     served.open()
     try:
         await engine.start()
