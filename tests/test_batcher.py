@@ -665,19 +665,13 @@ def test_the_wait_grows_shorter_while_a_batch_runs():
 
 
 def test_the_wait_is_for_the_worker_that_is_free_first():
-    batcher = busy_batcher(workers=2)
-    (one, _) = batcher.running()
-    batcher.finish(one, 11.0)
-    batcher.release(one)
+    batcher = busy_batcher(workers=1)
     batcher.worker_ready(1)
     place(batcher, rows=4, now=11.0)
-    batcher.dispatch(11.0)
-    run_s = 2.0 + 0.1 * (1.0 - 2.0)  # of the newest, a tenth
-    assert batcher.expected_s == pytest.approx(10.0 + 2 * run_s - 11.0)
-    place(batcher, rows=4, now=11.0)
-    assert batcher.expected_s == pytest.approx(11.0 + 2 * run_s - 11.0)
-    place(batcher, rows=4, now=11.0)
-    assert batcher.expected_s == pytest.approx(10.0 + 3 * run_s - 11.0)
+    batcher.dispatch(11.0)  # so one is free at 12.0, the other at 13.0
+    for done_at in (14.0, 15.0, 16.0, 17.0):
+        assert batcher.expected_s == done_at - 11.0
+        place(batcher, rows=4, now=11.0)
 
 
 # -- running again ------------------------------------------------------------------------------------

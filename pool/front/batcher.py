@@ -35,11 +35,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from math import inf
 
+from pool.front.forecast import Forecast
 from pool.front.slots import LANES, Slot, Ticket
 from pool.front.states import SlotEvent, SlotState, next_slot_state
-
-# Weight of the newest batch in the mean run time: what happened ten batches ago counts a third.
-_RUN_WEIGHT = 0.1
 
 
 class Batcher:
@@ -53,8 +51,9 @@ class Batcher:
         timeout_s: Longest run of a batch.
 
     Attributes:
-        expected_s: How long a row placed at the last event will wait for its answer, as run times so far
-            tell; 0 while a worker is idle, for then it runs and tells more. `expect` brings it up to date.
+        expected_s: How long at most a row placed at the last event is likely to wait for its answer, as
+            batches so far tell; 0 while a worker is idle, for then it runs and tells more. `expect` brings
+            it up to date.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class Batcher:
         self.ageing_s = ageing_s
         self.timeout_s = timeout_s
         self.expected_s = 0.0
-        self._run_s = 0.0
+        self._forecast = Forecast()
         self._now = 0.0  # the last that was passed in
         # Last in, first out for both: the slot and the worker used last are the ones still in cache.
         self._free = list(reversed(self.slots))
@@ -101,6 +100,7 @@ class Batcher:
         if not slot.tickets:
             slot.opened_at = now
             self._lanes[slot.key & (LANES - 1)].append(slot)
+            self._forecast.begin(slot, self._queued, len(self._ready), self._running.values(), now)
             self._queued += 1
             self.expect(now)
         ticket.start = slot.rows
@@ -192,8 +192,7 @@ class Batcher:
         """The worker answered: the slot is the front's again. Gives the tickets still to be answered."""
         slot.state = next_slot_state(slot.state, SlotEvent.FINISH)
         del self._running[slot.index]
-        run_s = now - slot.dispatched_at
-        self._run_s += _RUN_WEIGHT * (run_s - self._run_s) if self._run_s else run_s
+        self._forecast.learn(slot, now)
         self.expect(now)
         return [ticket for ticket in slot.tickets if not ticket.is_settled]
 
@@ -216,14 +215,10 @@ class Batcher:
         if self._ready and not self._queued:
             self.expected_s = 0.0
             return
-        run_s = self._run_s
-        # When each worker can take a batch: those that run one had better be done with it by then.
-        free_at = sorted([max(now, slot.dispatched_at + run_s) for slot in self._running.values()])
-        free_at[:0] = [now] * len(self._ready) or ([] if free_at else [now])
         # A slot that has room takes the row itself. With several, it may be none of them that does.
         ahead = self._queued - (len(self._open) == 1 and self._queued > 0)
-        rounds, worker = divmod(ahead, len(free_at))
-        self.expected_s = free_at[worker] + (rounds + 1) * run_s - now
+        done_at = self._forecast.done_at(ahead, len(self._ready), self._running.values(), now)
+        self.expected_s = done_at - now + self._forecast.margin_s
 
     # -- running again ------------------------------------------------------------------------------
 

@@ -96,6 +96,8 @@ class Slot:
         tickets: In order of placement.
         aside: Tickets of a batch that failed which do not run in the present one.
         opened_at: When its first row was placed.
+        predicted_at: When its batch was predicted to be done, as its first row was placed.
+        has_waited: Whether no worker was ready then.
         dispatched_at: When it was given to `worker`.
         earliest_deadline: Of its unsettled tickets.
         generation: Counts dispatches: a stale answer carries an old number.
@@ -113,11 +115,13 @@ class Slot:
         "earliest_deadline",
         "generation",
         "has_ballast",
+        "has_waited",
         "index",
         "is_overdue",
         "key",
         "opened_at",
         "pins",
+        "predicted_at",
         "rows",
         "runs",
         "state",
@@ -139,6 +143,8 @@ class Slot:
         self.tickets: list[Ticket] = []
         self.aside: list[Ticket] = []
         self.opened_at = 0.0
+        self.predicted_at = 0.0
+        self.has_waited = False
         self.dispatched_at = 0.0
         self.earliest_deadline = inf
         self.worker: int | None = None
