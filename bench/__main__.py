@@ -14,31 +14,15 @@ from statistics import median
 from typing import Any
 
 from bench import readme
+from bench.faults import faults
+from bench.figures import Figure, at_least, at_most, fact
 from bench.machine import describe
+from bench.overload import overload
 from bench.processes import Bare, server
 from tests import models
 
 RESULTS = Path(__file__).with_name("results.json")
 GB = 1e9
-
-
-class Figure:
-    """One line of the table: what was measured, what it came to, what it must reach."""
-
-    def __init__(self, what: str, value: float, unit: str, goal: str, reached: bool) -> None:
-        self.row = {"what": what, "value": value, "unit": unit, "goal": goal, "reached": reached}
-
-
-def at_least(what: str, value: float, unit: str, goal: float) -> Figure:
-    return Figure(what, value, unit, f">= {goal:g}", value >= goal)
-
-
-def at_most(what: str, value: float, unit: str, goal: float) -> Figure:
-    return Figure(what, value, unit, f"<= {goal:g}", value <= goal)
-
-
-def fact(what: str, value: float, unit: str) -> Figure:
-    return Figure(what, value, unit, "", True)
 
 
 def mlp(rounds: int) -> list[Figure]:
@@ -122,6 +106,8 @@ MEASUREMENTS: dict[str, Callable[[int], list[Figure]]] = {
     "mlp": mlp,
     "memory": memory,
     "mobilenet": mobilenet,
+    "faults": faults,
+    "overload": overload,
 }
 
 
@@ -144,12 +130,16 @@ def main() -> None:
                 f"{mark:4} {row['what']:62} {row['value']:>12,.3f} {row['unit']:12} {row['goal']}", flush=True
             )
     if not args.names or args.record:
-        before = json.loads(RESULTS.read_text())["figures"] if args.names else {}
-        figures = {name: measured.get(name) or before[name] for name in MEASUREMENTS}
+        before = json.loads(RESULTS.read_text()) if args.names else {"figures": {}, "commits": {}}
+        figures = before["figures"] | measured
         # Each measurement keeps the commit it was taken of.
-        before_of = json.loads(RESULTS.read_text())["commits"] if args.names else {}
-        commits = {name: machine["commit"] if name in measured else before_of[name] for name in MEASUREMENTS}
-        results = {**machine, "commits": commits, "rounds": args.rounds, "figures": figures}
+        commits = before["commits"] | dict.fromkeys(measured, machine["commit"])
+        results = {
+            **machine,
+            "commits": {name: commits[name] for name in MEASUREMENTS if name in commits},
+            "rounds": args.rounds,
+            "figures": {name: figures[name] for name in MEASUREMENTS if name in figures},
+        }
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
         readme.write(results)
 

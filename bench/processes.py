@@ -1,38 +1,99 @@
-"""The processes a measurement needs: a server, `pool bench` against it, and the model without pool."""
+"""The processes a measurement needs: a server, load of two kinds, and the model without pool."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import msgspec
+import numpy as np
 
 from pool import Client
+from pool.cli.chaos_tally import Tally
 from pool.errors import Unavailable
 
 READY_TIMEOUT_S = 300.0
 
 
-class Server:
-    """A running `pool serve` with one model named `model`."""
+class Log:
+    """What a server writes to its standard error, and when each line came."""
 
-    def __init__(self, process: subprocess.Popen[bytes], endpoint: str) -> None:
+    def __init__(self, pipe: IO[str]) -> None:
+        self._lines: list[tuple[float, str]] = []
+        self._news = threading.Condition()
+        self._reader = threading.Thread(target=self._read, args=(pipe,), daemon=True)
+        self._reader.start()
+
+    def wait_for(self, pattern: str, since: float, timeout_s: float) -> float:
+        """When the first line came that matches, of those since an instant (monotonic); waits for one."""
+        deadline = time.monotonic() + timeout_s
+        seen = 0
+        with self._news:
+            while True:
+                for at, line in self._lines[seen:]:
+                    if at >= since and re.search(pattern, line):
+                        return at
+                seen = len(self._lines)
+                if not self._news.wait(deadline - time.monotonic()):
+                    raise RuntimeError(
+                        f"no line {pattern!r} in the log within {timeout_s:g} s:\n{self.tail()}"
+                    )
+
+    def tail(self) -> str:
+        """The last lines."""
+        return "".join(line for _, line in self._lines[-20:])
+
+    def _read(self, pipe: IO[str]) -> None:
+        with pipe:
+            for line in pipe:
+                with self._news:
+                    self._lines.append((time.monotonic(), line))
+                    self._news.notify_all()
+
+
+class Server:
+    """A running `pool serve` with one model named `model`.
+
+    Attributes:
+        endpoint: Where it listens.
+        client: Of it.
+        log: What it writes, if it was started with `logs`.
+    """
+
+    def __init__(self, process: subprocess.Popen[str], endpoint: str) -> None:
         self._process = process
         self.endpoint = endpoint
         self.client = Client(endpoint, timeout=60.0)
+        if process.stderr is not None:
+            self.log = Log(process.stderr)
 
     def load(self, *arguments: object) -> dict[str, Any]:
-        """Run `pool bench model ARGUMENTS --json`."""
-        command = [sys.executable, "-m", "pool", "bench", "model", "--endpoint", self.endpoint, "--json"]
-        done = subprocess.run([*command, *map(str, arguments)], check=True, stdout=subprocess.PIPE)
-        figures: dict[str, Any] = json.loads(done.stdout)
+        """Run `pool bench model ARGUMENTS --json`, in which no request may fail."""
+        figures = self.flood(*arguments)
         if figures["errors"]:
             raise RuntimeError(f"pool bench met errors: {figures['errors']}")
         return figures
+
+    def flood(self, *arguments: object) -> dict[str, Any]:
+        """The same, and requests may be refused."""
+        command = [sys.executable, "-m", "pool", "bench", "model", "--endpoint", self.endpoint, "--json"]
+        done = subprocess.run([*command, *map(str, arguments)], check=True, stdout=subprocess.PIPE)
+        figures: dict[str, Any] = json.loads(done.stdout)
+        return figures
+
+    def status(self) -> dict[str, Any]:
+        """The model's part of the status document."""
+        document: dict[str, Any] = self.client.status()["models"]["model"]
+        return document
 
     def tree_pss_bytes(self) -> int:
         """PSS of front, zygote and workers together."""
@@ -42,11 +103,12 @@ class Server:
 
 
 @contextmanager
-def server(path: Path, **settings: object) -> Iterator[Server]:
+def server(path: Path, *, logs: bool = False, **settings: object) -> Iterator[Server]:
     """Serve one model until the block ends.
 
     Args:
         path: Of the model.
+        logs: Whether to keep what the server writes, from level `info` on, rather than show its warnings.
         settings: Keys of its `[models.model]` table.
     """
     with tempfile.TemporaryDirectory(prefix="pool-bench-") as folder:
@@ -54,10 +116,14 @@ def server(path: Path, **settings: object) -> Iterator[Server]:
         table = "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
         config = Path(folder, "bench.toml")
         config.write_text(
-            f'[server]\nendpoints = ["{endpoint}"]\nlog_level = "warning"\n'
+            f'[server]\nendpoints = ["{endpoint}"]\nlog_level = "{"info" if logs else "warning"}"\n'
             f'[models.model]\npath = "{path}"\n{table}'
         )
-        process = subprocess.Popen([sys.executable, "-m", "pool", "serve", str(config)])
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pool", "serve", str(config)],
+            stderr=subprocess.PIPE if logs else None,
+            text=True,
+        )
         try:
             running = Server(process, endpoint)
             _await_ready(running, process)
@@ -68,7 +134,14 @@ def server(path: Path, **settings: object) -> Iterator[Server]:
             process.wait(60)
 
 
-def _await_ready(running: Server, process: subprocess.Popen[bytes]) -> None:
+def drill_model(folder: Path, **keys: float) -> Path:
+    """A model file of the drill backend with these keys."""
+    file = folder / f"{'-'.join(f'{key}={value}' for key, value in keys.items())}.toml"
+    file.write_text("".join(f"{key} = {value}\n" for key, value in keys.items()))
+    return file
+
+
+def _await_ready(running: Server, process: subprocess.Popen[str]) -> None:
     while True:
         try:
             if running.client.ready():
@@ -79,6 +152,48 @@ def _await_ready(running: Server, process: subprocess.Popen[bytes]) -> None:
             raise RuntimeError(f"the server ended with exit code {process.wait(0.2)}")
         except subprocess.TimeoutExpired:
             continue
+
+
+class Checked:
+    """Load whose every answer is checked, in a process of its own: `bench.checked`. Ends it on leaving.
+
+    Args:
+        endpoint: Of a server.
+        inputs: Rows to send, by input.
+        want: What the first output must be for each.
+        concurrency: Requests under way.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        inputs: dict[str, np.ndarray[Any, Any]],
+        want: np.ndarray[Any, Any],
+        concurrency: int,
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="pool-bench-")
+        file = Path(self._folder.name, "rows.npz")
+        arrays: dict[str, Any] = {f"in.{name}": array for name, array in inputs.items()}
+        np.savez(file, out=want, **arrays)
+        command = [sys.executable, "-m", "bench.checked", endpoint, str(file), str(concurrency)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> Checked:
+        assert self._process.stdout is not None
+        if not self._process.stdout.readline():
+            raise RuntimeError(f"the load ended with exit code {self._process.wait()}")
+        return self
+
+    def finish(self) -> tuple[Tally, float]:
+        """Ask no more; what became of all requests, and the longest time that one took, in seconds."""
+        out, _ = self._process.communicate()
+        document = json.loads(out)
+        return msgspec.convert(document["tally"], Tally), document["slowest_s"]
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._folder.cleanup()
 
 
 class Bare:
