@@ -4,6 +4,7 @@
 #   make test    the whole test suite
 #   make lint    style, formatting, types and import rules
 #   make bench   the measurements of bench/
+#   make install-service   what has systemd run servers from this checkout; DESTDIR=DIR for elsewhere than /
 #   make clean   remove .venv and everything generated
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench install-service clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -33,6 +34,9 @@ lint: $(VENV)/.installed-lint
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m bench $(BENCH_ARGS)
 
+install-service: $(VENV)/.installed-service
+	$(BIN)/pool install-service --root "$(or $(DESTDIR),/)" $(SERVICE_ARGS)
+
 clean:
 	rm -rf $(VENV) build dist demo demo.png *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -42,6 +46,7 @@ EXTRAS_demo := tensorflow,demo
 EXTRAS_test := tensorflow,demo,test
 EXTRAS_lint := tensorflow,demo,test,lint
 EXTRAS_bench := tensorflow,demo
+EXTRAS_service := tensorflow
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt $(VENV)/pyvenv.cfg
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS_$*)]'

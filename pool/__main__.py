@@ -26,6 +26,7 @@ COMMANDS = {
     "status": "show what a server is doing",
     "bench": "measure a server under load",
     "chaos": "kill, stop, crash and hang a server's processes under checked load, and tell what that cost",
+    "install-service": "write the files that have systemd run servers",
     "demo": "train, serve and check a model that reads handwritten digits",
 }
 
@@ -89,7 +90,8 @@ def _parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     for name, sentence in COMMANDS.items():
         sub = commands.add_parser(name, help=sentence, description=f"{sentence[0].upper()}{sentence[1:]}.")
         if name == called:
-            command = cast(Command, importlib.import_module(f"pool.cli.{name}"))
+            module = name.replace("-", "_")
+            command = cast(Command, importlib.import_module(f"pool.cli.{module}"))
             command.add_arguments(sub)
     args = parser.parse_args(argv)
     if command is None:
