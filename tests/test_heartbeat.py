@@ -129,7 +129,7 @@ def test_a_life(manager, tmp_path):
         heartbeat.ready()
         assert await hear() == ["READY=1"]
         heartbeat.stopping()
-        heartbeat.stopping()
+        heartbeat.ready()  # of a reload that was under way
         assert (await hear())[:2] == ["STOPPING=1", "EXTEND_TIMEOUT_USEC=30000000"]
         late = await hear()
         assert "STOPPING=1" not in late, "told once"

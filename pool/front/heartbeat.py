@@ -193,7 +193,7 @@ class Heartbeat:
             self._timer = None
 
     def _enter(self, phase: str, line: str) -> None:
-        if self._phase == phase:
+        if self._phase in (phase, "stopping"):  # there is no way back from stopping
             return
         self._phase = phase
         self._owed.append(line)
