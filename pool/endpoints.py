@@ -12,6 +12,9 @@ MAX_IPC_PATH_BYTES = 107
 
 SOCKET_NAME = "pool.sock"
 
+# Beside an endpoint's socket file lies that of the socket over which regions are passed (`docs/wire.md` 7).
+REGION_SUFFIX = ".fd"
+
 
 def default_endpoint() -> str:
     """The endpoint used when none is named: `pool.sock` in the first of these directories.
@@ -28,6 +31,18 @@ def default_endpoint() -> str:
     else:
         directory = f"/tmp/pool-{os.getuid()}"
     return f"ipc://{directory}/{SOCKET_NAME}"
+
+
+def region_path(endpoint: str) -> str | None:
+    """The file of the socket over which the regions of an endpoint's clients are passed.
+
+    Returns:
+        None where there can be none: not `ipc://`, or the path would be too long.
+    """
+    if not endpoint.startswith("ipc://"):
+        return None
+    path = endpoint.removeprefix("ipc://") + REGION_SUFFIX
+    return path if len(os.fsencode(path)) <= MAX_IPC_PATH_BYTES else None
 
 
 def check_endpoint(endpoint: str, *, bind: bool = False) -> None:

@@ -45,6 +45,17 @@ PART = struct.Struct("<QII")
 PART_BYTES = PART.size  # 16
 MAX_PARTS = 4096  # 2.4: requests in a bundle
 
+# A tensor frame of a request with `Flag.REGION` (section 7.3): token, offset and size of the tensor.
+REFERENCE = struct.Struct("<16sQQ")
+
+# What the two say on the socket beside an ipc endpoint (section 7.2). The client: magic, version, size of the
+# region whose descriptor comes along. The server: magic, version, token, most bytes of a region; or an ERROR.
+REGION_OFFER = struct.Struct("<4sIQ")
+REGION_GRANT = struct.Struct("<4sI16sQ")
+REGION_MAGIC = b"plrg"
+REGION_VERSION = 1
+TOKEN_BYTES = 16
+
 MAX_HEADER_BYTES = 65_536  # 2.4: a header is names and shapes; anything longer is not one
 MAX_INFO_BYTES = 16_777_216  # 2.4: but an INFO header is a whole document
 MAX_TENSORS = 256  # 2.4: per message
@@ -74,6 +85,7 @@ class Flag(enum.IntFlag):
     WHOLE = 0x0001  # RESULT: the shapes are whole tensors, not rows of a batch
     BUNDLE = 0x0002  # PREDICT, RESULT, ERROR: the message stands for several (section 3.9)
     PRIORITY = 0x0004  # PREDICT: the priority byte is meant; without it the model's default holds
+    REGION = 0x0008  # PREDICT: the tensor frames say where in a region the tensors lie (section 7)
 
 
 def head(kind: Kind, flags: int = 0, priority: int = 0) -> bytes:

@@ -43,6 +43,8 @@ PARSE_S = PredictMeta("m", 7, "parse", (TensorMeta("s", "string", ()),), ("y",))
 Y = ResultMeta(7, (TensorMeta("y", "float32", ()),))
 WHOLE_Y = ResultMeta(7, (TensorMeta("y", "int64", (2,)),))
 
+TOKEN = bytes(range(wire.TOKEN_BYTES))
+
 # Name of the box: header without meta, what the meta says, and the arrays with their dtypes.
 GOLDEN = {
     "PREDICT": (
@@ -65,6 +67,11 @@ GOLDEN = {
         Header(Kind.PREDICT, 9, b"", rows=1, priority=3, flags=Flag.PRIORITY),
         DEFAULT_X,
         [(np.array([[1, 2, 3]], np.float32), "float32")],
+    ),
+    "PREDICT region": (
+        Header(Kind.PREDICT, 1, b"", millis=60_000, rows=2, flags=Flag.REGION),
+        DEFAULT_X,
+        [(np.frombuffer(wire.REFERENCE.pack(TOKEN, 4096, 24), np.uint8), "uint8")],
     ),
     "RESULT": (Header(Kind.RESULT, 1, b"", rows=2), Y, [(np.array([6, 15], np.float32), "float32")]),
     "RESULT whole": (
@@ -136,6 +143,15 @@ def test_documented_bytes_are_understood(name):
         got = wire.decode_tensor(payload, dtype, array.shape)
         assert got.dtype == array.dtype
         assert got.tolist() == array.tolist()
+
+
+def test_documented_packets():
+    boxes = re.findall(r"```packet (.+)\n((?:.*\n)*?)```", DOCUMENT)
+    found = {name: bytes.fromhex(re.sub(r";.*", "", body)) for name, body in boxes}
+    assert found == {
+        "offer": wire.REGION_OFFER.pack(wire.REGION_MAGIC, wire.REGION_VERSION, 1 << 20),
+        "grant": wire.REGION_GRANT.pack(wire.REGION_MAGIC, wire.REGION_VERSION, TOKEN, 1 << 30),
+    }
 
 
 def test_documented_error_codes():

@@ -31,6 +31,8 @@ class AsyncClient:
         cast: `"safe"` makes lossless casts of inputs only (int32 to int64, float32 to float64);
             `"same_kind"` also float64 to float32 and the like.
         retry: Which failed predictions are made again, and when; None for none of them.
+        share_memory: Whether large inputs go to a server at an `ipc://` endpoint by shared memory, where it
+            has that. False to send everything through the socket.
 
     Raises:
         ConfigError: an endpoint is not well formed.
@@ -48,13 +50,14 @@ class AsyncClient:
         connect_timeout: float = 5.0,
         cast: str = "safe",
         retry: Retry | None = None,
+        share_memory: bool = True,
     ) -> None:
         preference = Preference(endpoints_of(endpoint))
         self._timeout = check_timeout(timeout)
         self._timeout_ms = timeout_to_ms(timeout)
         self._connect_timeout = check_timeout(connect_timeout)
         self._core = ClientCore(cast=cast)
-        self._exchange = Exchange(self._core, preference, self._connect_timeout)
+        self._exchange = Exchange(self._core, preference, self._connect_timeout, share_memory)
         self._retry = retry
 
     # -- calls -------------------------------------------------------------------------------------

@@ -81,6 +81,7 @@ class Dial:
         context: Of the sockets.
         preference: The endpoints.
         now: The present instant, in seconds.
+        share_memory: As of `Connection`.
 
     Raises:
         Unavailable: no socket could be made (file descriptors used up).
@@ -90,13 +91,19 @@ class Dial:
         decides_at: When to ask `take` although no monitor had anything to tell; infinity for never.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], preference: Preference, now: float) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        preference: Preference,
+        now: float,
+        share_memory: bool = True,
+    ) -> None:
         self._preference = preference
         self.connections: list[Connection] = []
         self.decides_at = now + _GRACE_S if len(preference.endpoints) > 1 else math.inf
         try:
             for endpoint in preference.endpoints:
-                self.connections.append(Connection(context, endpoint))
+                self.connections.append(Connection(context, endpoint, share_memory))
         except BaseException:
             self.close()
             raise

@@ -28,6 +28,7 @@ from pool.client.connection import Connection
 from pool.client.core import ClientCore, Request
 from pool.client.deadlines import Deadlines
 from pool.client.dial import Dial, Preference, not_connected
+from pool.client.region import IDLE_S
 from pool.client.reply import Reply
 from pool.errors import Cancelled, DeadlineExceeded, PoolError, Unavailable, WireError, error_from_code
 
@@ -45,12 +46,16 @@ class Exchange:
         core: Makes messages of requests, and replies of messages.
         preference: The endpoints, dialled when there is something to send.
         connect_timeout: Longest to wait for one of them, in seconds.
+        share_memory: As of `Connection`.
     """
 
-    def __init__(self, core: ClientCore, preference: Preference, connect_timeout: float) -> None:
+    def __init__(
+        self, core: ClientCore, preference: Preference, connect_timeout: float, share_memory: bool = True
+    ) -> None:
         self._core = core
         self._preference = preference
         self._connect_timeout = connect_timeout
+        self._share_memory = share_memory
         self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
@@ -58,6 +63,7 @@ class Exchange:
         self._retired: dict[Connection, set[int]] = {}  # with the requests sent over them, by id
         self._dial: Dial | None = None
         self._dial_timers: list[asyncio.TimerHandle] = []
+        self._trim_timer: asyncio.TimerHandle | None = None
         self._pending: dict[int, asyncio.Future[Reply]] = {}
         self._unsent: deque[Request] = deque()
         self._withdrawn: list[int] = []  # given up since the last look, whether or not they were sent
@@ -123,6 +129,8 @@ class Exchange:
             return
         self._closed = True
         self._stop_dialling()
+        if self._trim_timer is not None:
+            self._trim_timer.cancel()
         for connection in (self._connection, *self._retired):
             if connection is not None:
                 self._drop(connection)
@@ -284,7 +292,7 @@ class Exchange:
         if self._context is None:
             self._context = zmq.Context()
         try:
-            self._dial = Dial(self._context, self._preference, self._loop.time())
+            self._dial = Dial(self._context, self._preference, self._loop.time(), self._share_memory)
         except Unavailable as e:
             self._fail_unsent(e)
             return
@@ -306,7 +314,17 @@ class Exchange:
         self._loop.add_reader(connection.socket.fileno(), self._on_readable, connection)
         self._loop.add_reader(connection.monitor.fileno(), self._on_monitor, connection)
         self._loop.call_soon(self._on_monitor, connection)
+        self._trim()
         self._send_unsent(connection)
+
+    def _trim(self) -> None:
+        """Look now and then whether the connection's shared memory is still of use."""
+        assert self._loop is not None
+        if self._trim_timer is not None:
+            self._trim_timer.cancel()
+        if self._connection is not None:
+            self._connection.regions.trim()
+            self._trim_timer = self._loop.call_later(IDLE_S, self._trim)
 
     def _give_up_dialling(self) -> None:
         self._stop_dialling()

@@ -46,6 +46,8 @@ class Client:
         cast: `"safe"` makes lossless casts of inputs only (int32 to int64, float32 to float64);
             `"same_kind"` also float64 to float32 and the like.
         retry: Which failed predictions are made again, and when; None for none of them.
+        share_memory: Whether large inputs go to a server at an `ipc://` endpoint by shared memory, where it
+            has that. False to send everything through the socket.
 
     Raises:
         ConfigError: an endpoint is not well formed.
@@ -63,12 +65,14 @@ class Client:
         connect_timeout: float = 5.0,
         cast: str = "safe",
         retry: Retry | None = None,
+        share_memory: bool = True,
     ) -> None:
         self._preference = Preference(endpoints_of(endpoint))
         self._timeout = check_timeout(timeout)
         self._connect_timeout = check_timeout(connect_timeout)
         self._core = ClientCore(cast=cast)
         self._retry = retry
+        self._share_memory = share_memory
         self._closing = threading.Event()  # for those who pause
         self._lock = threading.Lock()  # over all below
         self._idle: list[Connection] = []
@@ -313,7 +317,7 @@ class Client:
 
     def _dial(self, context: zmq.Context[zmq.Socket[bytes]], timeout: float, deadline: float) -> Connection:
         patience = min(deadline, time.monotonic() + self._connect_timeout)
-        dial = Dial(context, self._preference, time.monotonic())
+        dial = Dial(context, self._preference, time.monotonic(), self._share_memory)
         try:
             while True:
                 now = time.monotonic()
@@ -332,6 +336,7 @@ class Client:
         with self._lock:
             if not self._closed and len(self._idle) < _MAX_IDLE:
                 self._idle.append(connection)
+                self._idle[0].regions.trim()  # the one idle for longest
                 return
         connection.close()
 

@@ -32,6 +32,7 @@ from pool.front.gate import Gate
 from pool.front.generation import Generation
 from pool.front.outbound import MARK_BYTES, Outbound, Refusal
 from pool.front.questions import Questions
+from pool.front.regions import Regions, private
 from pool.front.route import Route
 from pool.front.slots import LANES, Ticket
 from pool.front.withdrawing import withdraw
@@ -57,6 +58,8 @@ _TCP_KEEPALIVE_IDLE_S, _TCP_KEEPALIVE_INTERVAL_S, _TCP_KEEPALIVE_COUNT = 10, 5, 
 _ROUTES_MAX = 4096
 
 _NOBLOCK = int(zmq.NOBLOCK)
+
+_REGION = int(Flag.REGION)
 
 # The first bytes of requests that may go the fast way, and their priorities.
 _UNSAID = LANES  # the model's own
@@ -113,6 +116,7 @@ class Endpoint:
             self._router, engine, self._clients, config.max_unread_bytes, mark_bytes, self._again
         )
         self._bundles = Bundles(self._outbound)
+        self._regions = Regions()
         self._questions = Questions(engine, config, self._outbound, self.describe)
         self._connections: Connections | None = None
         self._cancelled: dict[Client, set[int]] = {}
@@ -137,6 +141,7 @@ class Endpoint:
             )
             if path is not None:
                 self._gate.add(path)
+            self._regions.listen(endpoint)
         self._fd = int(self._router.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self._drain)
         self._again()
@@ -146,6 +151,7 @@ class Endpoint:
         if self._fd >= 0:
             self._loop.remove_reader(self._fd)
         self._questions.close()
+        self._regions.close()
         if self._connections is not None:
             self._connections.close()
         self._router.close(linger=1000)
@@ -162,6 +168,7 @@ class Endpoint:
             "replies": self._outbound.replies,
             "dropped_replies": self._outbound.dropped,
             "errors": self._outbound.errors,
+            "regions": self._regions.describe(),
             **self._describe_more(),
         }
 
@@ -354,6 +361,8 @@ class Endpoint:
             self._outbound.refuse(client, wire.peek_id(header) or 0, e)
             return 0
         try:
+            if decoded.flags & _REGION and decoded.kind is Kind.PREDICT:
+                frames = self._regions.resolve(decoded, frames)
             if decoded.kind is Kind.PREDICT and decoded.flags & Flag.BUNDLE:
                 return self._admit_bundle(client, decoded, frames, now) // _BUNDLE_DISCOUNT
             if decoded.kind is Kind.PREDICT:
@@ -388,7 +397,10 @@ class Endpoint:
         deadline = now + (header.millis * 1e-3 or route.timeout_s)
         account, key = client.account(route.generation), _key(route, header)
         ticket = Ticket(self._outbound, client, header.id, route, header.rows, deadline, now, key, account)
-        route.generation.place(ticket, frames, now)
+        tensors: Sequence[memoryview | bytes] = frames
+        if header.flags & _REGION and not route.is_numeric:
+            tensors = private(frames, route.regions)
+        route.generation.place(ticket, tensors, now)
         self.requests += 1
         self._engine.flush(route.generation, now)
 

@@ -1,0 +1,313 @@
+"""Memory a client shares with a server on this machine, so that its tensors need no socket. Client process.
+
+A *region* is a memfd that was passed to the front once (`docs/wire.md` 7). A request of `SHARE_BYTES` or
+more is copied into a block of one, and its message only says where: instead of the kernel's two copies,
+page by page, there are two at the speed of memory. A block is used again when the request's reply has
+come, for then the front has read it. A request that was given up keeps its block until then, or until the
+connection ends and all of its regions with it.
+
+Nothing here is needed for an answer. Where there is no region, no room in one, or no such server, the
+request travels as it is.
+
+The copy is made when the message is queued; a region begins with the second large request of a
+connection, and is asked for without waiting: until it is granted, messages go as they are.
+"""
+
+from __future__ import annotations
+
+import bisect
+import fcntl
+import mmap
+import os
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pool import wire
+from pool.client.route import Frame
+from pool.endpoints import region_path
+from pool.errors import PoolError, Unavailable, WireError
+from pool.shm.memory import available_bytes
+from pool.wire import Flag, Kind
+
+# From here a request's tensors go by region.
+SHARE_BYTES = 128 << 10
+
+# Of all regions of a connection. What is in flight beyond it goes in messages: the caller, who holds the
+# arrays of all these requests as well, shall not be taken much more memory than they have themselves.
+REGIONS_MAX_BYTES = 256 << 20
+
+# A region is as large as those before it together, between these. The kernel needs 0.4 ms a MiB to make
+# it, in which an event loop stands still; and each costs the front two descriptors.
+_REGION_MIN_BYTES, _REGION_MAX_BYTES = 1 << 20, 32 << 20
+
+# Seconds. Regions not used for so long are given back; and a server that granted none is asked again.
+IDLE_S = 30.0
+_RETRY_S = 10.0
+
+_ALIGNMENT = 64  # of tensors in a block: what copies are fastest at
+_F_SEAL_FUTURE_WRITE = 0x0010  # <linux/fcntl.h>; not in Python 3.10's fcntl
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE
+_ZEROS_BYTES = 1 << 20
+_GRANT_MAX_BYTES = wire.MAX_HEADER_BYTES  # of what answers an offer: a grant, or an error
+
+
+class Space:
+    """Which bytes of a region are in use. Pure.
+
+    Blocks are taken from the lowest place that has room, where the memory was used before and is warm.
+
+    Args:
+        size: Bytes there are.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._free: list[tuple[int, int]] = [(0, size)]  # offset, bytes; in order, never two side by side
+        self._blocks: dict[int, int] = {}  # offset to bytes
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is in use."""
+        return not self._blocks
+
+    def take(self, size: int) -> int | None:
+        """Where a block of so many bytes (above 0) begins, on pages of its own; None if there is no room."""
+        assert size > 0, "a block of nothing"
+        size = _round_up(size, mmap.PAGESIZE)
+        for i, (offset, free) in enumerate(self._free):
+            if free >= size:
+                if free == size:
+                    del self._free[i]
+                else:
+                    self._free[i] = (offset + size, free - size)
+                self._blocks[offset] = size
+                return offset
+        return None
+
+    def give_back(self, offset: int) -> None:
+        """End the use of a block."""
+        size = self._blocks.pop(offset)
+        i = bisect.bisect(self._free, (offset, 0))
+        if i < len(self._free) and offset + size == self._free[i][0]:
+            size += self._free.pop(i)[1]
+        if i > 0 and sum(self._free[i - 1]) == offset:
+            before, room = self._free[i - 1]
+            self._free[i - 1] = (before, room + size)
+        else:
+            self._free.insert(i, (offset, size))
+
+
+class Region:
+    """One memfd, and the connection to the front that keeps it mapped there.
+
+    Args:
+        path: Of the socket to pass it over.
+        size: Bytes; a multiple of a page.
+
+    Raises:
+        OSError, MemoryError: there is no such memory, or no server that takes it.
+    """
+
+    def __init__(self, path: str, size: int) -> None:
+        if size > available_bytes():
+            raise MemoryError(f"a region of {size:,} bytes")
+        self.space = Space(size)
+        self.max_bytes = 0
+        self.token = b""
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        try:
+            self._sock.connect(path)
+            fd = _make_memfd(size)
+            try:
+                self.memory: npt.NDArray[np.uint8] = np.frombuffer(mmap.mmap(fd, size), np.uint8)
+                # Not before it is mapped: this seal allows what is mapped already to be written, and no more.
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+                offer = wire.REGION_OFFER.pack(wire.REGION_MAGIC, wire.REGION_VERSION, size)
+                socket.send_fds(self._sock, [offer], [fd])
+            finally:
+                os.close(fd)
+        except BaseException:
+            self._sock.close()
+            raise
+
+    def is_granted(self) -> bool:
+        """Whether the front has it by now.
+
+        Raises:
+            PoolError: the front will not have it, or is gone.
+        """
+        try:
+            data = self._sock.recv(_GRANT_MAX_BYTES)
+        except BlockingIOError:
+            return False
+        except OSError as e:
+            raise Unavailable(f"no region: {e.strerror}") from None
+        if len(data) != wire.REGION_GRANT.size:
+            raise wire.decode_error(wire.decode_header(data))
+        magic, version, self.token, self.max_bytes = wire.REGION_GRANT.unpack(data)
+        if magic != wire.REGION_MAGIC or version != wire.REGION_VERSION:
+            raise WireError(f"grant {magic!r} of version {version}")
+        return True
+
+    def stands(self) -> bool:
+        """Whether the front, having granted it, still has it."""
+        try:
+            self._sock.recv(1)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
+
+    def close(self) -> None:
+        """Take it back. To shut the connection down ends it even if a forked child has it open, too."""
+        with suppress(OSError):  # the front may have been first
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+        del self.memory
+
+
+class Regions:
+    """The regions of one connection, which belong to whoever uses that.
+
+    Args:
+        endpoint: Where the connection leads; None to have none.
+
+    Attributes:
+        live: Blocks in use: by the id of their request, the region and the offset.
+    """
+
+    def __init__(self, endpoint: str | None) -> None:
+        self._path = region_path(endpoint) if endpoint is not None else None
+        self._granted: list[Region] = []
+        self._asked: Region | None = None
+        self._was_asked = False
+        self._limit = _REGION_MAX_BYTES
+        self._retry_at = 0.0
+        self._used_at = 0.0
+        self.live: dict[int, tuple[Region, int]] = {}
+
+    def place(self, frames: Sequence[Frame]) -> Sequence[Frame]:
+        """A message to send in place of another: its tensors in a region, if there is one for them.
+
+        Args:
+            frames: Of a message of `SHARE_BYTES` or more.
+
+        Returns:
+            Frames with references; those given if it has to go as it is.
+        """
+        header, *tensors = frames
+        if self._path is None or header[3] != Kind.PREDICT or header[6] & (Flag.BUNDLE | Flag.REGION):
+            return frames
+        id_ = int.from_bytes(header[wire.HEAD_BYTES : wire.HEAD_BYTES + 8], "little")
+        sizes = list(map(len, tensors))
+        total = sum([_round_up(size, _ALIGNMENT) for size in sizes])
+        if total == 0 or id_ in self.live:
+            return frames
+        self._used_at = now = time.monotonic()
+        found = self._find_room(total, now)
+        if found is None:
+            return frames
+        region, at = found
+        self.live[id_] = found
+        memory, token, pack = region.memory, region.token, wire.REFERENCE.pack
+        placed: list[Frame] = [header[:6] + bytes((header[6] | Flag.REGION,)) + header[7:]]
+        for tensor, size in zip(tensors, sizes, strict=True):
+            if size:
+                memory[at : at + size] = np.frombuffer(tensor, np.uint8)
+            placed.append(pack(token, at, size))
+            at += _round_up(size, _ALIGNMENT)
+        return placed
+
+    def answered(self, header: Any) -> None:
+        """Take a reply in (or a request back that could not be sent): its block can be used again."""
+        block = self.live.pop(int.from_bytes(header[wire.HEAD_BYTES : wire.HEAD_BYTES + 8], "little"), None)
+        if block is not None:
+            block[0].space.give_back(block[1])
+
+    def trim(self) -> None:
+        """Give all regions back if none was used lately."""
+        if self._granted and not self.live and time.monotonic() - self._used_at >= IDLE_S:
+            self.close()
+
+    def close(self) -> None:
+        """Give all regions back; nothing that was sent is to be answered any more."""
+        self.live.clear()
+        for region in self._granted:
+            region.close()
+        self._granted.clear()
+        self._forget_asked()
+
+    # -- regions -----------------------------------------------------------------------------------
+
+    def _find_room(self, size: int, now: float) -> tuple[Region, int] | None:
+        if self._asked is not None:
+            self._look(now)
+        for region in self._granted:
+            at = region.space.take(size)
+            if at is not None:
+                if region.stands():
+                    return region, at
+                # The front is gone, or another one is there: the connection will hear of it.
+                self.close()
+                self._retry_at = now + _RETRY_S
+                return None
+        if self._asked is None and now >= self._retry_at:
+            self._ask(size, now)
+        return None
+
+    def _ask(self, size: int, now: float) -> None:
+        """Begin a region in which so many bytes find room, unless this is the first time they are wanted."""
+        if not self._was_asked:
+            self._was_asked = True
+            return
+        have = sum([region.space.size for region in self._granted])
+        wanted = max(_round_up(size, mmap.PAGESIZE), min(max(have, _REGION_MIN_BYTES), self._limit))
+        if have + wanted > REGIONS_MAX_BYTES:
+            return
+        assert self._path is not None
+        try:
+            self._asked = Region(self._path, wanted)
+        except (OSError, MemoryError):
+            self._retry_at = now + _RETRY_S
+
+    def _look(self, now: float) -> None:
+        """See whether the region asked for was granted."""
+        assert self._asked is not None
+        try:
+            if self._asked.is_granted():
+                self._granted.append(self._asked)
+                self._limit = min(self._limit, self._asked.max_bytes)
+                self._asked = None
+        except PoolError:
+            self._forget_asked()
+            self._retry_at = now + _RETRY_S
+
+    def _forget_asked(self) -> None:
+        if self._asked is not None:
+            self._asked.close()
+            self._asked = None
+
+
+def _make_memfd(size: int) -> int:
+    """A memfd of so many bytes, every page of them written: the front takes no others."""
+    fd = os.memfd_create("pool-region", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        zeros = memoryview(bytes(min(size, _ZEROS_BYTES)))
+        written = 0
+        while written < size:
+            written += os.pwrite(fd, zeros[: size - written], written)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _round_up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit

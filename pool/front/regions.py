@@ -1,0 +1,308 @@
+"""Memory of clients on this machine, from which their tensors are taken. Runs in the front, on its loop.
+
+Beside the socket file of each `ipc://` endpoint lies another, of a Unix socket. A client connects to it and
+passes one memfd, its *region*, for as long as the connection stands (`docs/wire.md` 7). Then its requests
+may say where in the region their tensors lie, and the front copies them from there into the slot: one
+copy at the speed of memory, where a message is copied by the kernel twice before that.
+
+The memory is the client's, which may do with it what it likes while it is read here. So nothing that is
+read is believed (strings are copied before their offsets are looked at), and nothing the client can do
+makes a read fault: a page that is not there would be made at the read, at the front's expense, or end the
+process with SIGBUS. What is asked of a region, once, excludes both for good, for seals are never taken off:
+
+    an ordinary memfd     in no file system with a limit, of no huge pages that may run out
+    F_SEAL_SHRINK         no page is cut off the end
+    F_SEAL_FUTURE_WRITE   no page is punched out of the middle (that is forbidden, too), while the map that
+                          the client made before can still be written
+    no hole               every page is there. (SEEK_HOLE says so. The bytes allocated do not: they may lie
+                          beyond the end. Nor is a page that was allocated and never written told from a hole)
+
+Pages that were swapped out come back. All stay charged to the client, which wrote them first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import logging
+import mmap
+import os
+import secrets
+import socket
+import stat
+import struct
+from collections.abc import Sequence
+from contextlib import suppress
+
+from pool import wire
+from pool.endpoints import region_path
+from pool.errors import InvalidInput, PoolError, TooLarge, Unavailable, WireError
+from pool.shm.arena import InputRegion
+from pool.wire import Flag, Header
+
+log = logging.getLogger("pool.regions")
+
+# Connections. Each has two descriptors (the socket's, the map's), so all take a quarter of the 1,024 that a
+# process has unless told otherwise. Whoever gets none sends its tensors in its messages.
+_REGIONS_MAX = 128
+# Of one client process, so that it leaves some to others. `pool.Client` has one for each thread that calls.
+_REGIONS_OF_ONE_MAX = 64
+
+# A region of 1 GiB is looked through for holes in 10 ms, in which the front does nothing else.
+REGION_MAX_BYTES = 1 << 30
+
+_BACKLOG = 64
+_PAUSE_S = 1.0  # without descriptors, until the next look whether there are some again
+
+_F_SEAL_FUTURE_WRITE = 0x0010  # <linux/fcntl.h>; not in Python 3.10's fcntl
+_SEALS = fcntl.F_SEAL_SHRINK | _F_SEAL_FUTURE_WRITE
+_PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
+
+
+class _Peer:
+    """A connection to the side socket, and the region that came over it, if it did yet."""
+
+    __slots__ = ("memory", "pid", "sock", "token", "uid")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.pid, self.uid, _ = _PEER.unpack(
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+        )
+        self.token = b""
+        self.memory: memoryview | None = None
+
+
+class Regions:
+    """The regions of all clients."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        memfd = os.memfd_create("pool-device", os.MFD_CLOEXEC)
+        self._device = os.fstat(memfd).st_dev  # of all ordinary memfds
+        os.close(memfd)
+        self._listeners: dict[str, socket.socket] = {}
+        self._peers: set[_Peer] = set()
+        self._memories: dict[bytes, memoryview] = {}
+        self._requests = 0
+
+    def listen(self, endpoint: str) -> None:
+        """Take regions from whoever may open an endpoint's socket file, if it has one.
+
+        Args:
+            endpoint: Where this server listens now, and so no other.
+
+        Beside its file lies another, with the same mode and owner; one that a dead server left is replaced.
+        Where that cannot be, the log says so: clients do without.
+        """
+        path = region_path(endpoint)
+        if path is None:
+            return
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        try:
+            beside = os.stat(endpoint.removeprefix("ipc://"))
+            with suppress(FileNotFoundError):
+                if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                    raise FileExistsError(errno.EEXIST, "a file that is not a socket is there")
+                os.unlink(path)
+            listener.bind(path)
+            self._listeners[path] = listener
+            with suppress(PermissionError):  # then fewer may open it
+                os.chown(path, beside.st_uid, beside.st_gid)
+            os.chmod(path, stat.S_IMODE(beside.st_mode))
+            listener.listen(_BACKLOG)  # nobody can connect before the permissions hold
+            self._loop.add_reader(listener.fileno(), self._accept, listener)
+        except OSError as e:
+            log.warning("clients at %s cannot share memory: %s: %s", endpoint, path, e.strerror)
+            if path not in self._listeners:
+                listener.close()
+
+    def close(self) -> None:
+        """Let go of every region and remove the socket files."""
+        for path, listener in self._listeners.items():
+            self._loop.remove_reader(listener.fileno())
+            listener.close()
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+        self._listeners.clear()
+        for peer in list(self._peers):
+            self._drop(peer)
+
+    def describe(self) -> dict[str, int]:
+        """For the status document: how many regions there are, their bytes, requests that used them."""
+        return {
+            "open": len(self._memories),
+            "bytes": sum(map(len, self._memories.values())),
+            "requests": self._requests,
+        }
+
+    # -- requests ----------------------------------------------------------------------------------
+
+    def resolve(self, header: Header, references: Sequence[memoryview]) -> list[memoryview]:
+        """The tensors that a request's frames refer to, where they lie.
+
+        Args:
+            header: With `Flag.REGION`.
+            references: Its tensor frames.
+
+        Returns:
+            Memory of the client, which can change at any time; not to be kept.
+
+        Raises:
+            WireError: one is not a reference, or the request is a bundle.
+            Unavailable: its region is not there (any more).
+            InvalidInput: it points outside its region.
+        """
+        if header.flags & Flag.BUNDLE:
+            raise WireError("a bundle with references to a region; wanted tensors")
+        tensors: list[memoryview] = []
+        for i, reference in enumerate(references):
+            if len(reference) != wire.REFERENCE.size:
+                raise WireError(
+                    f"tensor frame {i} has {len(reference)} bytes; "
+                    f"wanted a reference of {wire.REFERENCE.size}"
+                )
+            token, offset, size = wire.REFERENCE.unpack(reference)
+            memory = self._memories.get(token)
+            if memory is None:
+                raise Unavailable(f"tensor frame {i} refers to a region that is not there: it was closed")
+            if offset + size > len(memory):
+                raise InvalidInput(
+                    f"tensor frame {i} refers to bytes {offset} to {offset + size}; "
+                    f"its region has {len(memory)}"
+                )
+            tensors.append(memory[offset : offset + size])
+        self._requests += 1
+        return tensors
+
+    # -- connections -------------------------------------------------------------------------------
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            sock, _ = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as e:
+            # Without descriptors the listener would stay readable, and the loop awake for nothing.
+            if e.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                raise
+            log.warning("cannot take a region: %s", e.strerror)
+            self._loop.remove_reader(listener.fileno())
+            self._loop.call_later(_PAUSE_S, self._listen_again, listener)
+            return
+        sock.setblocking(False)
+        peer = _Peer(sock)
+        self._peers.add(peer)
+        self._loop.add_reader(sock.fileno(), self._on_readable, peer)
+        log.debug("connection pid=%d uid=%d", peer.pid, peer.uid)
+
+    def _listen_again(self, listener: socket.socket) -> None:
+        if listener.fileno() >= 0:
+            self._loop.add_reader(listener.fileno(), self._accept, listener)
+
+    def _on_readable(self, peer: _Peer) -> None:
+        fds: list[int] = []
+        try:
+            # One byte more than an offer has, to see that it has no more.
+            data, fds, _, _ = socket.recv_fds(
+                peer.sock, wire.REGION_OFFER.size + 1, 2, flags=socket.MSG_CMSG_CLOEXEC
+            )
+            if not data:
+                self._drop(peer)  # closed, or its process is gone
+                return
+            self._take(peer, data, fds)
+            grant = wire.REGION_GRANT.pack(
+                wire.REGION_MAGIC, wire.REGION_VERSION, peer.token, REGION_MAX_BYTES
+            )
+            peer.sock.send(grant)
+        except BlockingIOError:
+            pass
+        except PoolError as e:
+            log.info("no region for pid=%d uid=%d: %s", peer.pid, peer.uid, e.message)
+            with suppress(OSError):
+                peer.sock.send(wire.encode_error(0, e))
+            self._drop(peer)
+        except OSError:
+            self._drop(peer)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _take(self, peer: _Peer, data: bytes, fds: list[int]) -> None:
+        """Map the region that a client offers.
+
+        Raises:
+            PoolError: it is not one, or there is no room for it; the sentence says which.
+        """
+        if peer.memory is not None:
+            raise WireError("a second region over one connection; wanted a connection for each")
+        if len(data) != wire.REGION_OFFER.size:
+            raise WireError(f"{len(data)} bytes; wanted an offer of {wire.REGION_OFFER.size}")
+        magic, version, size = wire.REGION_OFFER.unpack(data)
+        if magic != wire.REGION_MAGIC or version != wire.REGION_VERSION:
+            raise WireError(
+                f"offer {magic!r} of version {version}; wanted {wire.REGION_MAGIC!r}, {wire.REGION_VERSION}"
+            )
+        if len(fds) != 1:
+            raise WireError(f"{len(fds)} descriptors with an offer; wanted 1")
+        if not 0 < size <= REGION_MAX_BYTES:
+            raise TooLarge(f"a region of {size} bytes; wanted 1 to {REGION_MAX_BYTES}")
+        _check_memory(fds[0], size, self._device)
+        of_this = sum(other.pid == peer.pid for other in self._peers if other.memory is not None)
+        if len(self._memories) >= _REGIONS_MAX or of_this >= _REGIONS_OF_ONE_MAX:
+            raise Unavailable(
+                f"{of_this} regions of this process and {len(self._memories)} in all; "
+                f"wanted at most {_REGIONS_OF_ONE_MAX} and {_REGIONS_MAX}"
+            )
+        try:
+            peer.memory = memoryview(mmap.mmap(fds[0], size, mmap.MAP_SHARED, mmap.PROT_READ))
+        except OSError as e:
+            raise Unavailable(f"the region cannot be mapped: {e.strerror}") from None
+        # Whoever knows it may have rows read from this region.
+        peer.token = secrets.token_bytes(wire.TOKEN_BYTES)
+        self._memories[peer.token] = peer.memory
+
+    def _drop(self, peer: _Peer) -> None:
+        """Forget a region. Nothing reads it now: rows are copied in one go. Its map ends with its views."""
+        self._loop.remove_reader(peer.sock.fileno())
+        peer.sock.close()
+        self._peers.discard(peer)
+        self._memories.pop(peer.token, None)
+        peer.memory = None
+
+
+def _check_memory(fd: int, size: int, device: int) -> None:
+    """Make sure that a file can be read through a map without ever faulting (see above).
+
+    Raises:
+        InvalidInput: it is not an ordinary memfd, is not sealed, or has a hole.
+    """
+    found = os.fstat(fd)
+    if found.st_dev != device or not stat.S_ISREG(found.st_mode):
+        raise InvalidInput("the descriptor is not one of an ordinary memfd")
+    seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    if seals & _SEALS != _SEALS:
+        raise InvalidInput(
+            f"the memfd has the seals 0x{seals:x}; "
+            f"wanted F_SEAL_SHRINK and F_SEAL_FUTURE_WRITE (0x{_SEALS:x})"
+        )
+    if found.st_size < size:
+        raise InvalidInput(f"the memfd has {found.st_size} bytes; the offer says {size}")
+    whole = os.lseek(fd, 0, os.SEEK_HOLE)
+    if whole < size:
+        raise InvalidInput(f"the memfd has a hole at {whole}; wanted every page to be written")
+
+
+def private(tensors: Sequence[memoryview], regions: Sequence[InputRegion]) -> list[memoryview | bytes]:
+    """The same tensors, strings as copies: their offsets are checked and then used, unchanged in between.
+
+    Args:
+        tensors: As `Regions.resolve` gave them; perhaps not as many as there should be.
+        regions: Of the slot, where they are to go.
+    """
+    wanted = iter(regions)
+    return [
+        bytes(tensor) if (region := next(wanted, None)) is not None and region.dtype == "string" else tensor
+        for tensor in tensors
+    ]

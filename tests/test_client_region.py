@@ -1,0 +1,388 @@
+"""The client's shared memory: which bytes are used, and fronts that grant it, refuse it or go away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import mmap
+import resource
+import socket
+import tempfile
+
+import numpy as np
+import pytest
+import zmq
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from pool import AsyncClient, Client, wire
+from pool.client import region
+from pool.client.connection import Connection
+from pool.client.region import Regions, Space
+from pool.errors import Unavailable
+from pool.front import regions as front
+from pool.wire import REFERENCE, Flag, Header, Kind
+from tests.scripted_server import scripted_server
+
+LARGE = region.SHARE_BYTES
+
+
+@pytest.fixture
+def endpoint():
+    # Not tmp_path: its name may be longer than the path of a Unix socket.
+    with tempfile.TemporaryDirectory(prefix="pool-") as directory:
+        yield f"ipc://{directory}/s"
+
+
+# -- which bytes are used ----------------------------------------------------------------------------
+
+
+class SpaceMachine(RuleBasedStateMachine):
+    """Blocks are taken and given back in any order."""
+
+    PAGES = 32
+    blocks = Bundle("blocks")
+
+    def __init__(self):
+        super().__init__()
+        self.space = Space(self.PAGES * mmap.PAGESIZE)
+        self.held = {}  # offset to bytes asked for
+
+    @rule(target=blocks, size=st.integers(1, 12 * mmap.PAGESIZE))
+    def take(self, size):
+        offset = self.space.take(size)
+        if offset is None:
+            pages = -(-size // mmap.PAGESIZE)
+            assert not any(self.is_free(page, pages) for page in range(self.PAGES - pages + 1))
+            return -1
+        self.held[offset] = size
+        return offset
+
+    def is_free(self, page, pages):
+        used = [(at // mmap.PAGESIZE, -(-(at + n) // mmap.PAGESIZE)) for at, n in self.held.items()]
+        return all(page + pages <= start or page >= end for start, end in used)
+
+    @rule(offset=consumes(blocks))
+    def give_back(self, offset):
+        if offset >= 0:
+            self.space.give_back(offset)
+            del self.held[offset]
+
+    @invariant()
+    def no_two_overlap_and_all_are_inside(self):
+        ends = 0
+        for offset, size in sorted(self.held.items()):
+            assert offset >= ends
+            assert offset % mmap.PAGESIZE == 0
+            ends = offset + size
+        assert ends <= self.space.size
+        assert self.space.is_empty == (not self.held)
+
+    def teardown(self):
+        for offset in self.held:
+            self.space.give_back(offset)
+        assert self.space.take(self.space.size) == 0, "everything is free again"
+
+
+TestSpace = SpaceMachine.TestCase
+
+
+# -- with a front in this process --------------------------------------------------------------------
+
+
+def request(id_, size=LARGE, fill=1, flags=0, kind=Kind.PREDICT):
+    return [
+        wire.encode_header(Header(kind, id_, b"meta", rows=1, flags=flags)),
+        memoryview(np.full(size, fill, np.uint8)),
+    ]
+
+
+def reply(id_):
+    return wire.encode_header(Header(Kind.RESULT, id_, b""))
+
+
+@contextlib.asynccontextmanager
+async def regions_of(endpoint):
+    """A client's regions, and the front's."""
+    there = front.Regions()
+    with socket.socket(socket.AF_UNIX) as beside:
+        beside.bind(endpoint.removeprefix("ipc://"))
+        there.listen(endpoint)
+    here = Regions(endpoint)
+    try:
+        yield here, there
+    finally:
+        here.close()
+        there.close()
+
+
+async def turn():
+    """Let the front see to its sockets."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def granted(here, size=LARGE):
+    """Place requests until one finds a region; its reply came."""
+    for id_ in range(1 << 40, (1 << 40) + 10):
+        frames = request(id_, size)
+        if here.place(frames) is not frames:
+            here.answered(reply(id_))
+            return
+        await turn()
+    raise AssertionError("no region")
+
+
+def offset_of(frames):
+    return REFERENCE.unpack(frames[1])[1]
+
+
+def test_the_first_large_request_asks_for_nothing_the_second_does_and_later_ones_are_placed(endpoint):
+    async def go():
+        async with regions_of(endpoint) as (here, there):
+            for id_ in (1, 2):
+                frames = request(id_)
+                assert here.place(frames) is frames
+                await turn()
+                assert there.describe()["open"] == id_ - 1
+            header, reference = here.place(request(3, fill=7))
+            decoded = wire.decode_header(header)
+            assert (decoded.id, decoded.flags, decoded.meta) == (3, Flag.REGION, b"meta")
+            (tensor,) = there.resolve(decoded, [memoryview(reference)])
+            assert tensor == bytes([7]) * LARGE
+
+    asyncio.run(go())
+
+
+def test_tensors_of_a_request_lie_side_by_side_aligned(endpoint):
+    async def go():
+        async with regions_of(endpoint) as (here, there):
+            await granted(here)
+            arrays = [np.random.default_rng(0).bytes(size) for size in (1, LARGE, 0, 65, 64)]
+            header, *references = here.place([request(1)[0], *arrays])
+            found = there.resolve(wire.decode_header(header), [memoryview(r) for r in references])
+            assert list(map(bytes, found)) == arrays
+            assert all(REFERENCE.unpack(r)[1] % 64 == 0 for r in references)
+            del found
+
+    asyncio.run(go())
+
+
+def test_a_block_is_used_again_when_the_reply_came_and_not_before(endpoint):
+    async def go():
+        async with regions_of(endpoint) as (here, _):
+            await granted(here)
+            first = offset_of(here.place(request(1)))
+            assert offset_of(here.place(request(2))) != first
+            here.answered(reply(9))  # of a request that was not placed
+            assert offset_of(here.place(request(3))) != first
+            here.answered(reply(1))
+            assert offset_of(here.place(request(4))) == first
+
+    asyncio.run(go())
+
+
+def test_memory_grows_with_what_is_in_flight_up_to_its_bound(endpoint, monkeypatch):
+    monkeypatch.setattr(region, "REGIONS_MAX_BYTES", 4 << 20)
+
+    async def go():
+        async with regions_of(endpoint) as (here, there):
+            placed = 0
+            for id_ in range(1, 60):
+                frames = request(id_)
+                placed += here.place(frames) is not frames
+                await turn()
+            assert there.describe()["open"] == 3
+            assert there.describe()["bytes"] == 4 << 20
+            assert placed == (4 << 20) // LARGE
+            for id_ in range(1, 60):
+                here.answered(reply(id_))
+            assert not here.live
+            frames = request(99, 5 << 20)
+            assert here.place(frames) is frames, "more than the bound"
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [request(1, flags=Flag.BUNDLE), request(1, kind=Kind.STATUS), request(1, flags=Flag.REGION)],
+    ids=["bundle", "question", "references"],
+)
+def test_what_has_no_tensors_of_one_request_goes_as_it_is(endpoint, frames):
+    async def go():
+        async with regions_of(endpoint) as (here, _):
+            await granted(here)
+            assert here.place(frames) is frames
+
+    asyncio.run(go())
+
+
+def test_an_id_that_is_in_use_is_not_placed_twice(endpoint):
+    async def go():
+        async with regions_of(endpoint) as (here, _):
+            await granted(here)
+            frames = request(1)
+            assert here.place(frames) is not frames
+            assert here.place(frames) is frames
+            here.answered(reply(1))
+            frames = request(2, region._REGION_MIN_BYTES)
+            assert here.place(frames) is not frames, "all of it is free"
+
+    asyncio.run(go())
+
+
+def test_what_was_not_used_for_long_is_given_back(endpoint, monkeypatch):
+    async def go():
+        async with regions_of(endpoint) as (here, there):
+            await granted(here)
+            here.trim()
+            await turn()
+            assert there.describe()["open"] == 1
+            monkeypatch.setattr(region, "IDLE_S", 0.0)
+            here.place(request(1))
+            here.trim()
+            await turn()
+            assert there.describe()["open"] == 1, "a request is under way"
+            here.answered(reply(1))
+            here.trim()
+            await turn()
+            assert there.describe() == {"open": 0, "bytes": 0, "requests": 0}
+            await granted(here)  # and made again when wanted
+
+    asyncio.run(go())
+
+
+def test_a_front_that_went_away_is_noticed_before_a_request_relies_on_it(endpoint):
+    async def go():
+        async with regions_of(endpoint) as (here, there):
+            await granted(here)
+            there.close()
+            frames = request(1)
+            assert here.place(frames) is frames
+            assert not here.live
+
+    asyncio.run(go())
+
+
+def test_the_memory_of_a_closed_client_is_gone_at_once(endpoint):
+    async def go():
+        async with regions_of(endpoint) as (here, there):
+            await granted(here)
+            here.place(request(1))
+            here.close()
+            await turn()
+            assert there.describe()["open"] == 0
+            assert not regions_mapped()
+
+    asyncio.run(go())
+
+
+def regions_mapped():
+    with open("/proc/self/maps") as maps:
+        return [line for line in maps if "memfd:pool-region" in line]
+
+
+# -- with fronts that do not grant -------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def listener(endpoint):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as made:
+        made.bind(endpoint.removeprefix("ipc://") + ".fd")
+        made.listen()
+        yield made
+
+
+ANSWERS = {
+    "refusal": wire.encode_error(0, Unavailable("no more")),
+    "another version": wire.REGION_GRANT.pack(wire.REGION_MAGIC, 2, bytes(16), 1 << 30),
+    "noise": b"hello",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+def test_without_a_grant_requests_go_as_they_are_and_the_server_is_left_in_peace(endpoint, answer):
+    here = Regions(endpoint)
+    with listener(endpoint) as there:
+        frames = request(1)
+        assert here.place(frames) is frames
+        assert here.place(frames) is frames
+        peer, _ = there.accept()
+        with peer:
+            if answer:
+                peer.send(answer)
+        for _ in range(5):
+            assert here.place(frames) is frames
+        there.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            there.accept()
+        here.close()
+    assert not regions_mapped()
+
+
+def test_a_grant_that_never_comes_is_not_waited_for(endpoint):
+    here = Regions(endpoint)
+    with listener(endpoint):
+        frames = request(1)
+        for _ in range(5):
+            assert here.place(frames) is frames
+        here.close()
+
+
+@contextlib.contextmanager
+def no_descriptors():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_without_descriptors_or_memory_requests_go_as_they_are(endpoint, monkeypatch):
+    here, poor = Regions(endpoint), Regions(endpoint)
+    frames = request(1)
+    with listener(endpoint):
+        here.place(frames)
+        with no_descriptors():
+            assert here.place(frames) is frames
+        poor.place(frames)
+        monkeypatch.setattr(region, "available_bytes", lambda: 4096)
+        assert poor.place(frames) is frames
+    assert not regions_mapped()
+
+
+def test_a_server_without_regions_gets_large_requests_whole(endpoint):
+    image = np.random.default_rng(1).integers(0, 255, (1, 2 * LARGE), np.uint8)
+    with scripted_server(endpoint), Client(endpoint) as client:
+        for _ in range(4):
+            got = client.predict("m", image, signature="large")
+            assert got["x"].tobytes() == image.tobytes()
+
+
+def shares(client):
+    return client._share_memory if isinstance(client, Client) else client._exchange._share_memory
+
+
+@pytest.mark.parametrize("made", [Client, AsyncClient])
+def test_sharing_can_be_turned_off(made, endpoint):
+    client = made(endpoint, share_memory=False)
+    context = zmq.Context()
+    with listener(endpoint) as there:
+        connection = Connection(context, endpoint, shares(client))
+        for id_ in range(4):
+            connection.send(request(id_))
+        there.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            there.accept()
+        connection.close()
+    context.term()
+
+
+def test_tcp_has_no_regions():
+    here = Regions("tcp://127.0.0.1:5600")
+    frames = request(1)
+    for _ in range(3):
+        assert here.place(frames) is frames
