@@ -253,7 +253,9 @@ def test_what_was_not_used_for_long_is_given_back(endpoint, monkeypatch):
     asyncio.run(go())
 
 
-def test_a_front_that_went_away_is_noticed_before_a_request_relies_on_it(endpoint):
+def test_a_front_that_went_away_is_noticed_before_a_request_relies_on_it(endpoint, monkeypatch):
+    monkeypatch.setattr(region, "_CHECK_S", 0.0)
+
     async def go():
         async with regions_of(endpoint) as (here, there):
             await granted(here)

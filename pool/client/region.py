@@ -46,14 +46,22 @@ REGIONS_MAX_BYTES = 256 << 20
 # it, in which an event loop stands still; and each costs the front two descriptors.
 _REGION_MIN_BYTES, _REGION_MAX_BYTES = 1 << 20, 32 << 20
 
-# Seconds. Regions not used for so long are given back; and a server that granted none is asked again.
+# Seconds. Regions not used for so long are given back; a server that granted none is asked again; and it is
+# looked whether the front still has them. (A precaution: when it is gone, the connection ends as well.)
 IDLE_S = 30.0
 _RETRY_S = 10.0
+_CHECK_S = 1.0
 
+_PAGE_BYTES = mmap.PAGESIZE
 _ALIGNMENT = 64  # of tensors in a block: what copies are fastest at
 _F_SEAL_FUTURE_WRITE = 0x0010  # <linux/fcntl.h>; not in Python 3.10's fcntl
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE
 _ZEROS_BYTES = 1 << 20
+# Plain numbers, because those of a Python enum take long to join.
+_PREDICT, _REGION, _NOT_PLAIN = int(Kind.PREDICT), int(Flag.REGION), int(Flag.BUNDLE | Flag.REGION)
+_ID_END = wire.HEAD_BYTES + 8
+_pack = wire.REFERENCE.pack
+
 _GRANT_MAX_BYTES = wire.MAX_HEADER_BYTES  # of what answers an offer: a grant, or an error
 
 
@@ -79,7 +87,7 @@ class Space:
     def take(self, size: int) -> int | None:
         """Where a block of so many bytes (above 0) begins, on pages of its own; None if there is no room."""
         assert size > 0, "a block of nothing"
-        size = _round_up(size, mmap.PAGESIZE)
+        size = -(-size // _PAGE_BYTES) * _PAGE_BYTES
         for i, (offset, free) in enumerate(self._free):
             if free >= size:
                 if free == size:
@@ -180,7 +188,7 @@ class Regions:
         endpoint: Where the connection leads; None to have none.
 
     Attributes:
-        live: Blocks in use: by the id of their request, the region and the offset.
+        live: Blocks in use: by the id of their request, as it is in the header, the region and the offset.
     """
 
     def __init__(self, endpoint: str | None) -> None:
@@ -191,7 +199,8 @@ class Regions:
         self._limit = _REGION_MAX_BYTES
         self._retry_at = 0.0
         self._used_at = 0.0
-        self.live: dict[int, tuple[Region, int]] = {}
+        self._checked_at = 0.0
+        self.live: dict[bytes, tuple[Region, int]] = {}
 
     def place(self, frames: Sequence[Frame]) -> Sequence[Frame]:
         """A message to send in place of another: its tensors in a region, if there is one for them.
@@ -203,11 +212,13 @@ class Regions:
             Frames with references; those given if it has to go as it is.
         """
         header, *tensors = frames
-        if self._path is None or header[3] != Kind.PREDICT or header[6] & (Flag.BUNDLE | Flag.REGION):
+        if self._path is None or header[3] != _PREDICT or header[6] & _NOT_PLAIN:
             return frames
-        id_ = int.from_bytes(header[wire.HEAD_BYTES : wire.HEAD_BYTES + 8], "little")
-        sizes = list(map(len, tensors))
-        total = sum([_round_up(size, _ALIGNMENT) for size in sizes])
+        sizes = [len(tensor) for tensor in tensors]
+        total = 0
+        for size in sizes:
+            total += -(-size // _ALIGNMENT) * _ALIGNMENT
+        id_ = header[wire.HEAD_BYTES : _ID_END]
         if total == 0 or id_ in self.live:
             return frames
         self._used_at = now = time.monotonic()
@@ -216,18 +227,17 @@ class Regions:
             return frames
         region, at = found
         self.live[id_] = found
-        memory, token, pack = region.memory, region.token, wire.REFERENCE.pack
-        placed: list[Frame] = [header[:6] + bytes((header[6] | Flag.REGION,)) + header[7:]]
+        placed: list[Frame] = [b"%b%c%b" % (header[:6], header[6] | _REGION, header[7:])]
         for tensor, size in zip(tensors, sizes, strict=True):
             if size:
-                memory[at : at + size] = np.frombuffer(tensor, np.uint8)
-            placed.append(pack(token, at, size))
-            at += _round_up(size, _ALIGNMENT)
+                region.memory[at : at + size] = np.frombuffer(tensor, np.uint8)
+            placed.append(_pack(region.token, at, size))
+            at += -(-size // _ALIGNMENT) * _ALIGNMENT
         return placed
 
     def answered(self, header: Any) -> None:
         """Take a reply in (or a request back that could not be sent): its block can be used again."""
-        block = self.live.pop(int.from_bytes(header[wire.HEAD_BYTES : wire.HEAD_BYTES + 8], "little"), None)
+        block = self.live.pop(header[wire.HEAD_BYTES : _ID_END], None)
         if block is not None:
             block[0].space.give_back(block[1])
 
@@ -249,15 +259,16 @@ class Regions:
     def _find_room(self, size: int, now: float) -> tuple[Region, int] | None:
         if self._asked is not None:
             self._look(now)
-        for region in self._granted:
-            at = region.space.take(size)
-            if at is not None:
-                if region.stands():
-                    return region, at
-                # The front is gone, or another one is there: the connection will hear of it.
+        if now >= self._checked_at + _CHECK_S:
+            self._checked_at = now
+            if not all(region.stands() for region in self._granted):
                 self.close()
                 self._retry_at = now + _RETRY_S
                 return None
+        for region in self._granted:
+            at = region.space.take(size)
+            if at is not None:
+                return region, at
         if self._asked is None and now >= self._retry_at:
             self._ask(size, now)
         return None
@@ -268,7 +279,7 @@ class Regions:
             self._was_asked = True
             return
         have = sum([region.space.size for region in self._granted])
-        wanted = max(_round_up(size, mmap.PAGESIZE), min(max(have, _REGION_MIN_BYTES), self._limit))
+        wanted = max(-(-size // _PAGE_BYTES) * _PAGE_BYTES, min(max(have, _REGION_MIN_BYTES), self._limit))
         if have + wanted > REGIONS_MAX_BYTES:
             return
         assert self._path is not None
@@ -307,7 +318,3 @@ def _make_memfd(size: int) -> int:
         os.close(fd)
         raise
     return fd
-
-
-def _round_up(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
