@@ -219,7 +219,7 @@ class Regions:
         except BlockingIOError:
             pass
         except PoolError as e:
-            log.info("no region for pid=%d uid=%d: %s", peer.pid, peer.uid, e.message)
+            log.debug("no region for pid=%d uid=%d: %s", peer.pid, peer.uid, e.message)
             with suppress(OSError):
                 peer.sock.send(wire.encode_error(0, e))
             self._drop(peer)
