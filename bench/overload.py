@@ -7,8 +7,10 @@ that: what was answered within it, as the client counts, is the goodput.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,21 +30,24 @@ PATIENCE = 1.75
 
 
 def overload(rounds: int) -> list[Figure]:
-    """A model of the drill backend, which sleeps, and one of TensorFlow, which has a core."""
+    """A model of the drill backend, which sleeps, and one of TensorFlow, which has a core to itself."""
     with tempfile.TemporaryDirectory(prefix="pool-bench-") as folder:
         # Two workers, each 1,000 rows a second in full batches.
         path = drill_model(Path(folder), row_items=64, batch_s=0.032, row_s=0.0005)
         drill = {"backend": "drill", "workers": 2, "max_batch_size": BATCH}
-        tensorflow = {"workers": 1, "threads": 1, "devices": ["cpu:1"], "max_batch_size": BATCH}
+        core = max(os.sched_getaffinity(0))
+        tensorflow = {"workers": 1, "threads": 1, "devices": [f"cpu:{core}"], "max_batch_size": BATCH}
         return [
             *_measure("drill", path, drill, rounds),
-            *_measure("TensorFlow", models.path("slow"), tensorflow, rounds),
+            *_measure("TensorFlow", models.path("slow"), tensorflow, rounds, core),
         ]
 
 
-def _measure(name: str, path: Path, settings: dict[str, Any], rounds: int) -> list[Figure]:
+def _measure(
+    name: str, path: Path, settings: dict[str, Any], rounds: int, core: int | None = None
+) -> list[Figure]:
     seen: dict[str, list[float]] = defaultdict(list)
-    with server(path, **settings) as running:
+    with server(path, **settings) as running, nullcontext() if core is None else running.apart_from(core):
         running.load("--concurrency", CONCURRENCY, "--requests", 10 * CONCURRENCY)
         for _ in range(rounds):
             for what, value in _round(running, seen["peak"]).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -89,6 +90,17 @@ class Server:
         done = subprocess.run([*command, *map(str, arguments)], check=True, stdout=subprocess.PIPE)
         figures: dict[str, Any] = json.loads(done.stdout)
         return figures
+
+    @contextmanager
+    def apart_from(self, core: int) -> Iterator[None]:
+        """Leave a core to the worker that is pinned to it: front and load keep to the others meanwhile."""
+        every = os.sched_getaffinity(0)
+        for thread in (0, *map(int, os.listdir(f"/proc/{self._process.pid}/task"))):
+            os.sched_setaffinity(thread, every - {core})  # 0 is this thread, whose children the load will be
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, every)
 
     def status(self) -> dict[str, Any]:
         """The model's part of the status document."""
