@@ -168,6 +168,11 @@ def test_started_is_ready(systemd, service):
             assert "PYTHONPATH" in names
             assert not [n for n in names if n.startswith(("NOTIFY_", "LISTEN_", "WATCHDOG_"))]
         assert {"NOTIFY_SOCKET", "WATCHDOG_USEC"} <= service.environment(pids[0])
+        for pid in pids:
+            state = (systemd.root / f"proc/{pid}/status").read_text()
+            assert re.search(r"^CapEff:\t0+$", state, re.MULTILINE)
+            assert re.search(r"^NoNewPrivs:\t1$", state, re.MULTILINE)
+            assert re.search(r"^Seccomp:\t2$", state, re.MULTILINE)
         scores = [int((systemd.root / f"proc/{pid}/oom_score_adj").read_text()) for pid in pids]
         assert scores == [scores[0], scores[0] + 300, scores[0] + 600]
     with Client(f"tcp://127.0.0.1:{port}") as client:
@@ -203,7 +208,7 @@ def test_stopped_it_finishes_what_it_has(systemd, service):
     systemd.systemctl("start", service.unit)
     answers = []
     with Client(service.endpoint) as client:
-        slow = threading.Thread(target=lambda: answers.append(ask(client, 1.0, Fault.SLEEP, 2.5)))
+        slow = threading.Thread(target=lambda: answers.append(ask(client, 1.0, Fault.SLEEP, 1.8)))
         slow.start()
         with Client(service.endpoint) as other:
             while not any(w["state"] == "busy" for w in other.status()["models"]["m"]["workers"]):
@@ -259,11 +264,12 @@ def test_a_mistake_in_the_file_is_not_tried_again(systemd, service):
 
 def test_a_model_that_does_not_load_is_tried_again_some_times(systemd, service):
     systemd.write("/etc/pool/damaged.toml", "no_such_key = 1\n")
-    service.configure('[models.m]\nbackend = "drill"\npath = "damaged.toml"\n')
+    config = '[models.m]\nbackend = "drill"\npath = "damaged.toml"\n'
+    service.configure(config, "[Unit]\nStartLimitBurst=2")
     systemd.systemctl("start", service.unit, check=False)
     shown = systemd.until(service.unit, lambda p: p["ActiveState"] == "failed")
     assert shown["ExecMainStatus"] == "1"
-    assert service.log().count(" listening ") == 5
+    assert service.log().count(" listening ") == 2
     assert shown["StatusText"].startswith("MODEL_LOAD: model 'm': ")
 
 
