@@ -50,7 +50,7 @@ def why_not() -> str:
     """Why systemd cannot be booted here; empty if it can."""
     if not os.path.exists(_INIT):
         return "systemd is not installed"
-    absent = [name for name in ("unshare", "nsenter", "systemctl") if shutil.which(name) is None]
+    absent = [name for name in ("unshare", "nsenter", "setpriv", "systemctl") if shutil.which(name) is None]
     if absent:
         return f"no {', '.join(absent)} here"
     if os.geteuid() != 0:
@@ -136,7 +136,9 @@ def booted(etc: Path, code: Path, log: Path) -> Iterator[Systemd]:
         with log.open("wb") as file:
             # The cgroup namespace begins where the process is that makes it.
             join = f"echo 0 > {group}/cgroup.procs && " if group is not None else ""
-            boot = ["unshare", *_NAMESPACES, "--fork", "--kill-child", "sh", "-c", _BOOT, "boot"]
+            # Killed itself, this process has no say any more: the kernel then ends what it started.
+            leash = ["setpriv", "--pdeathsig=KILL", "--"]
+            boot = [*leash, "unshare", *_NAMESPACES, "--fork", "--kill-child", "sh", "-c", _BOOT, "boot"]
             process = subprocess.Popen(
                 ["sh", "-c", f'{join}exec "$@"', "sh", *boot, str(etc), str(code), _INIT],
                 stdin=subprocess.DEVNULL,
