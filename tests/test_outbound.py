@@ -39,7 +39,7 @@ def server(start_server, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(server):
-    with Client(server.endpoint) as made:
+    with Client(server.endpoint, share_memory=False) as made:
         yield made
 
 

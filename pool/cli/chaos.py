@@ -32,7 +32,7 @@ from pool.cli.chaos_tally import Tally
 from pool.cli.output import console, print_json, progress, size
 from pool.client.sync import Client
 from pool.endpoints import default_endpoint
-from pool.errors import ConfigError, ModelNotFound, SignatureNotFound, Unavailable
+from pool.errors import ConfigError, ModelNotFound, PoolError, SignatureNotFound, Unavailable
 
 # A reply may be late by as many hangs as it takes to find the row at fault; this is beyond any such.
 PATIENCE_S = 30.0
@@ -119,6 +119,9 @@ def run(args: argparse.Namespace) -> int:
                 drill_for(args.minutes * MINUTE_S, schedule, injector, crew, front)
             except KeyboardInterrupt:
                 pass  # it ends early, and tells what was seen so far
+            except PoolError:
+                if is_alive(front):
+                    raise  # else it follows from that, which is told below
             finally:
                 injector.release()
             failures = crew.finish(args.timeout * GRACE + LINGER_S + LEAVE_S)

@@ -100,7 +100,8 @@ class Member:
 
     def _say(self, line: bytes) -> None:
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # it has ended: its reader tells how
+        # It has ended, and its reader, which tells how, may have closed this end meanwhile.
+        with suppress(BrokenPipeError, ValueError):
             self._process.stdin.write(line + b"\n")
             self._process.stdin.flush()
 
