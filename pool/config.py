@@ -56,6 +56,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         drain_timeout_s: Longest wait for admitted requests when stopping.
         log_level: Least severe line that is logged.
         awake_us: Longest the front stays awake for an event that came quickly the last time.
+        metrics: `HOST:PORT` of the HTTP server for whoever watches; None for none.
     """
 
     endpoints: tuple[str, ...] = ()
@@ -66,6 +67,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     drain_timeout_s: Annotated[float, Meta(ge=0, le=86_400)] = 30.0
     log_level: LogLevel = "info"
     awake_us: AwakeUs = 300.0
+    metrics: str | None = None
 
     @property
     def ipc_permissions(self) -> int:
@@ -367,6 +369,11 @@ def _server_mistakes(server: ServerConfig) -> Iterator[Mistake]:
         if endpoint in seen:
             yield Mistake(key, "must not be given twice", endpoint)
         seen.add(endpoint)
+    if server.metrics is not None:
+        try:
+            check_endpoint(f"tcp://{server.metrics}", bind=True)
+        except ConfigError:
+            yield Mistake("server.metrics", 'must read "HOST:PORT", such as "127.0.0.1:9464"', server.metrics)
 
 
 def _model_mistakes(key: str, model: ModelConfig) -> Iterator[Mistake]:

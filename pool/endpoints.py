@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 
@@ -90,3 +91,12 @@ def _check_host_port(endpoint: str, address: str, bind: bool) -> None:
             raise ConfigError(f"endpoint {endpoint!r}: got port '*'; wanted the port to connect to")
     elif not 1 <= int(port) <= 65535:
         raise ConfigError(f"endpoint {endpoint!r}: got port {port}; wanted 1 to 65535")
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches `host:port`; a name counts as its own word, `localhost` alone."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -18,7 +18,7 @@ from pool.errors import PoolError
 from pool.front.generation import Generation
 from pool.front.replies import Reply
 from pool.front.route import Route
-from pool.front.slots import Account, Slot, Ticket
+from pool.front.slots import Account, Slot, Ticket, Turn
 from pool.shm.arena import Arena
 from pool.shm.control import LoadReport
 from pool.shm.doorbell import Message, Ring
@@ -177,7 +177,9 @@ class Rig:
         return self.generation.resolve(PredictMeta("m", None, name, tuple(metas), chosen))
 
     def ticket(self, id_: Any, route: Route, rows: int, deadline: float = inf) -> Ticket:
-        return Ticket(self.sink, b"client", id_, route, rows, deadline, self.now, route.key, self.account)
+        return Ticket(
+            self.sink, b"client", id_, route, rows, deadline, Turn(self.now), route.key, self.account
+        )
 
     def place(self, id_: Any, inputs: dict[str, Array], **keywords: Any) -> Ticket:
         """Admit a request; raises what `Generation.place` raises."""

@@ -17,7 +17,7 @@ from hypothesis.stateful import (
 )
 
 from pool.front.batcher import Batcher
-from pool.front.slots import Account, Ticket
+from pool.front.slots import Account, Ticket, Turn
 from pool.front.states import IllegalTransition, SlotState
 
 # Rows of a slot, by key. Keys 4 to 7 are one layout in four priorities; 8 and 12 are others, priority 0.
@@ -168,7 +168,9 @@ class BatcherMachine(RuleBasedStateMachine):
         assert slot.rows == mirror.rows < slot.capacity
         rows = min(rows, slot.capacity - slot.rows)
         placed = Placed(
-            Ticket(None, None, None, None, rows, self.now + timeout, self.now, key, self.accounts[rows % 2]),
+            Ticket(
+                None, None, None, None, rows, self.now + timeout, Turn(self.now), key, self.accounts[rows % 2]
+            ),
             key,
             len(self.placed),
         )
@@ -453,7 +455,7 @@ TestBatcher = BatcherMachine.TestCase
 
 
 def ticket(rows=1, deadline=inf, key=4):
-    return Ticket(None, None, None, None, rows, deadline, 0.0, key, Account())
+    return Ticket(None, None, None, None, rows, deadline, Turn(0.0), key, Account())
 
 
 def place(batcher, *, key=4, rows=1, capacity=4, now=0.0, deadline=inf):

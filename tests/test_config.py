@@ -195,6 +195,9 @@ def test_document_mistakes(text: str, want: str) -> None:
         ("max_message_bytes = 1", "server.max_message_bytes: must be an integer from 65536 to 1099511627776"),
         ('log_level = "loud"', 'server.log_level: must be one of "debug", "error", "info", "warning", got'),
         ('endpoints = ["http://x"]', "server.endpoints[0]: must be an endpoint ("),
+        ('metrics = "9464"', 'server.metrics: must read "HOST:PORT", such as "127.0.0.1:9464", got "9464"'),
+        ('metrics = ""', 'server.metrics: must read "HOST:PORT"'),
+        ('metrics = "[::1]:65536"', 'server.metrics: must read "HOST:PORT"'),
         ('endpoints = ["ipc:///a", "ipc:///a"]', "server.endpoints[1]: must not be given twice"),
         ("workers = 2", "server.workers: unknown key here; workers belongs in [models.NAME], got 2"),
     ],
@@ -382,7 +385,8 @@ def test_reference_has_each_key_with_its_default(table: str, struct: type[msgspe
             state, example = value
             assert state == "commented"
             extra = '\ndevices = ["gpu:0"]' if field.name == "gpu_memory_mb" else ""
-            decode(f'[models.m]\npath = "p"\n{field.name} = {example}{extra}\n')
+            line, model = f"{field.name} = {example}{extra}\n", '[models.m]\npath = "p"\n'
+            decode(f"[server]\n{line}{model}" if table == "server" else model + line)
         elif not field.required:
             default = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
             assert (tuple(value) if isinstance(value, list) else value) == default, field.name

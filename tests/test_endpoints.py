@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from pool.endpoints import check_endpoint, default_endpoint
+from pool.endpoints import check_endpoint, default_endpoint, is_loopback
 from pool.errors import ConfigError
 
 
@@ -77,3 +77,21 @@ def test_bad_endpoints(endpoint, message):
         check_endpoint(endpoint)
     assert message in caught.value.message
     assert repr(endpoint) in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("address", "wanted"),
+    [
+        ("127.0.0.1:1", True),
+        ("127.8.0.1:*", True),
+        ("[::1]:1", True),
+        ("localhost:1", True),
+        ("0.0.0.0:1", False),
+        ("[::]:1", False),
+        ("*:1", False),
+        ("192.0.2.1:1", False),
+        ("localhost.example:1", False),
+    ],
+)
+def test_what_only_this_machine_reaches(address, wanted):
+    assert is_loopback(address) is wanted

@@ -73,9 +73,9 @@ META = PredictMeta("root", None, None, (TensorMeta("x", "float32", ()),))
 def place(engine, sink, id_, *values, timeout=inf):
     now = time.monotonic()
     route = engine.resolve(META)
-    ticket = Ticket(sink, None, id_, route, len(values), now + timeout, now, route.key, Account())
+    ticket = Ticket(sink, None, id_, route, len(values), now + timeout, engine.turn, route.key, Account())
     route.generation.place(ticket, [np.array(values, np.float32).tobytes()], now)
-    engine.flush(route.generation, now)
+    engine.flush(route.generation, 1)
 
 
 def test_an_application_embeds_it():

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pool.front.inquest import GUILTY_MAX, Inquest
-from pool.front.slots import Account, Ticket
+from pool.front.slots import Account, Ticket, Turn
 
 
 def tickets(count):
-    return [Ticket(None, None, i, None, 1, inf, 0.0, 0, Account()) for i in range(count)]
+    return [Ticket(None, None, i, None, 1, inf, Turn(0.0), 0, Account()) for i in range(count)]
 
 
 def settle(those):

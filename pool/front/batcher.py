@@ -149,6 +149,9 @@ class Batcher:
                 break
             if self._open.get(slot.key) is slot:
                 del self._open[slot.key]
+                slot.closed_by = "overdue" if self.max_queue_delay_s else "idle_worker"
+            elif slot.runs == 0:
+                slot.closed_by = "full" if slot.rows == slot.capacity else "no_room"
             worker = self._ready.pop()
             self.dispatch_to(slot, worker, now)
             actions.append((slot, worker))
@@ -160,6 +163,8 @@ class Batcher:
         slot.worker = worker
         slot.generation = (slot.generation + 1) & 0xFFFFFFFF  # u32 in the doorbell
         slot.dispatched_at = now
+        if slot.runs:
+            slot.closed_by = "rerun"
         slot.runs += 1
         slot.is_overdue = False
         self._running[slot.index] = slot

@@ -30,6 +30,7 @@ from pool.front.connections import Connections
 from pool.front.engine import Engine
 from pool.front.gate import Gate
 from pool.front.generation import Generation
+from pool.front.metrics import ModelMetrics
 from pool.front.outbound import MARK_BYTES, Outbound, Refusal
 from pool.front.questions import Questions
 from pool.front.regions import Regions, private
@@ -80,6 +81,9 @@ class Endpoint:
         endpoints: Where to bind, resolved (`pool.endpoints`).
         describe: More of the front's part of the status document.
         passed: Sockets that listen there already, by endpoint (`pool.front.activation`).
+
+    Attributes:
+        requests: Predictions admitted.
     """
 
     def __init__(
@@ -211,8 +215,9 @@ class Endpoint:
         )
         refusals: _Refusals = {}
         touched: Generation | None = None
-        admitted = 0
-        now = monotonic()
+        admitted = flushed = 0
+        turn = self._engine.turn
+        now = turn.started = turn.ended = monotonic()
         budget = _DRAIN_MAX
         try:
             while budget > 0:
@@ -233,15 +238,18 @@ class Endpoint:
                 priority = priorities.get(header[:HEAD_BYTES])
                 if route is None or priority is None or not route.is_numeric:
                     budget -= self._receive_slowly(client, header, now)
+                    turn = self._engine.turn
                     continue
                 generation = route.generation
                 if generation is not touched:
                     if touched is not None:
-                        self._engine.flush(touched, now)
+                        turn = self._engine.flush(touched, admitted - flushed)
+                        flushed = admitted
                     touched = generation
                 _, id_, timeout_ms, rows = unpack(header)
                 if rows != 1 and (rows == 0 or not route.is_batched):
                     self._receive_slowly(client, header, now)
+                    turn = self._engine.turn
                     continue
                 batcher = generation.batcher
                 key = route.key if priority == _UNSAID else route.keys[priority]
@@ -252,13 +260,15 @@ class Endpoint:
                     slot = batcher.open_slot(key, route.capacity)
                 if slot is None:
                     ticket = Ticket(
-                        self._outbound, client, id_, route, rows, now + patience, now, key, account
+                        self._outbound, client, id_, route, rows, now + patience, turn, key, account
                     )
                     self._refuse_overload(ticket, header, now, refusals)
+                    turn = self._engine.turn
                     continue
                 if rows > slot.capacity - slot.rows:
                     batcher.abandon(slot)
                     self._receive_slowly(client, header, now)
+                    turn = self._engine.turn
                     continue
                 start = slot.rows
                 view = generation.views[slot.index]
@@ -283,20 +293,20 @@ class Endpoint:
                 if fault is not None:
                     self._skip_frames()
                     batcher.abandon(slot)
-                    self._outbound.refuse(client, id_, fault)
+                    self._outbound.refuse(client, id_, fault, generation.metrics)
                     continue
                 admitted += 1
-                ticket = Ticket(self._outbound, client, id_, route, rows, now + patience, now, key, account)
+                ticket = Ticket(self._outbound, client, id_, route, rows, now + patience, turn, key, account)
                 batcher.commit(slot, ticket, now)
                 if slot.rows == slot.capacity:  # a full batch need not wait for the end of the drain
-                    now = monotonic()
-                    self._engine.flush(generation, now)
+                    turn = self._engine.flush(generation, admitted - flushed)
+                    now, flushed = turn.started, admitted
             else:
                 self._again()
         finally:
             if touched is not None:
                 self.requests += admitted
-                self._engine.flush(touched, now)
+                self._engine.flush(touched, admitted - flushed)
 
     def _meet(self, identity: bytes) -> tuple[Client | None, bytes]:
         """The header of a message, and the client it is from if that is still there."""
@@ -317,7 +327,7 @@ class Endpoint:
                 route.generation.check_rows(route, ticket.rows)
                 route.generation.check_room(ticket, now)
             except Overloaded as e:
-                refusal = refusals[alike] = Refusal(e)
+                refusal = refusals[alike] = Refusal(e, route.generation.metrics)
             except PoolError:
                 pass
         if refusal is None:  # too large; or, by a rounding error, in time after all
@@ -358,7 +368,7 @@ class Endpoint:
         try:
             decoded = wire.decode_header(header)
         except PoolError as e:
-            self._outbound.refuse(client, wire.peek_id(header) or 0, e)
+            self._outbound.refuse(client, wire.peek_id(header) or 0, e, self._engine.unknown)
             return 0
         try:
             if decoded.flags & _REGION and decoded.kind is Kind.PREDICT:
@@ -374,13 +384,25 @@ class Endpoint:
             else:
                 self._questions.answer(client, decoded)
         except PoolError as e:
-            self._outbound.refuse(client, decoded.id, e)
+            self._outbound.refuse(client, decoded.id, e, self._metrics_of(decoded))
         except Exception as e:
             log.exception("cannot handle a message")
-            self._outbound.refuse(
-                client, decoded.id, InternalError(f"{type(e).__name__} while handling the request")
-            )
+            defect = InternalError(f"{type(e).__name__} while handling the request")
+            self._outbound.refuse(client, decoded.id, defect, self._metrics_of(decoded))
         return 0
+
+    def _metrics_of(self, header: Header) -> ModelMetrics | None:
+        """What counts the refusal of this message; None if it is no prediction."""
+        if header.kind is not Kind.PREDICT:
+            return None
+        route = self._routes.get(header.meta)
+        if route is not None:
+            return route.generation.metrics
+        try:
+            model = self._engine.models.get(wire.decode_meta(PredictMeta, header.meta).model)
+        except WireError:
+            model = None
+        return self._engine.unknown if model is None else model.metrics
 
     def _find_route(self, meta: bytes) -> Route:
         route = self._routes.get(meta)
@@ -396,13 +418,14 @@ class Endpoint:
         route = self._find_route(header.meta)
         deadline = now + (header.millis * 1e-3 or route.timeout_s)
         account, key = client.account(route.generation), _key(route, header)
-        ticket = Ticket(self._outbound, client, header.id, route, header.rows, deadline, now, key, account)
+        turn, sink = self._engine.turn, self._outbound
+        ticket = Ticket(sink, client, header.id, route, header.rows, deadline, turn, key, account)
         tensors: Sequence[memoryview | bytes] = frames
         if header.flags & _REGION and not route.is_numeric:
             tensors = private(frames, route.regions)
         route.generation.place(ticket, tensors, now)
         self.requests += 1
-        self._engine.flush(route.generation, now)
+        self._engine.flush(route.generation, 1)
 
     def _admit_bundle(self, client: Client, header: Header, frames: list[memoryview], now: float) -> int:
         """Admit or refuse each request of a bundle; gives how many there were (`docs/wire.md` 3.9)."""
@@ -413,6 +436,7 @@ class Endpoint:
             if not (route.is_batched and route.is_numeric):
                 raise InvalidInput("a bundle of requests with string inputs, or to a signature not batched")
             key, account, sink = _key(route, header), client.account(route.generation), self._bundles
+            turn = self._engine.turn
             tickets = [
                 Ticket(
                     sink,
@@ -421,7 +445,7 @@ class Endpoint:
                     route,
                     rows,
                     now + (millis * 1e-3 or route.timeout_s),
-                    now,
+                    turn,
                     key,
                     account,
                 )
@@ -429,13 +453,17 @@ class Endpoint:
             ]
             refused = route.generation.place_all(tickets, frames[1:], now)
         except PoolError as e:
-            self._outbound.refuse_bundled(client, [id_ for id_, _, _ in parts], e)
+            metrics = self._metrics_of(header) or self._engine.unknown
+            self._outbound.refuse_bundled(client, [id_ for id_, _, _ in parts], e, metrics)
             return len(parts)
+        admitted = len(parts)
         for error, alike in refused:
-            self._outbound.refuse_bundled(client, [ticket.id for ticket in alike], error)
-            self.requests -= len(alike)
-        self.requests += len(parts)
-        self._engine.flush(route.generation, now)
+            self._outbound.refuse_bundled(
+                client, [ticket.id for ticket in alike], error, route.generation.metrics
+            )
+            admitted -= len(alike)
+        self.requests += admitted
+        self._engine.flush(route.generation, admitted)
         return len(parts)
 
     # -- what is not wanted any more ------------------------------------------------------------------
@@ -445,8 +473,9 @@ class Endpoint:
         cancelled, self._cancelled = self._cancelled, {}
         gone = self._clients.take_gone()
         if cancelled or any(client.has_rows for client in gone):
-            refusal = Refusal(Cancelled("withdrawn by its client"))
+            refusal = Refusal(Cancelled("withdrawn by its client"), None)
             for ticket in withdraw(self._engine, cancelled):
+                ticket.route.generation.metrics.answered(refusal.code)
                 self._outbound.refuse_alike(ticket.client, ticket.id, refusal)
 
 

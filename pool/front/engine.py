@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from math import inf
@@ -22,9 +23,11 @@ from pool.errors import ModelNotFound, PoolError, Unavailable, VersionNotFound
 from pool.front.awake import Awake, Event
 from pool.front.generation import Generation
 from pool.front.heartbeat import Batch, Vitals
+from pool.front.metrics import ModelMetrics
+from pool.front.processes import Member
 from pool.front.route import Route
 from pool.front.serving import Serving, stopping
-from pool.front.slots import Slot, Ticket
+from pool.front.slots import Slot, Ticket, Turn
 from pool.front.states import WorkerState
 from pool.front.status import read_status
 from pool.front.supervisor import Supervisor
@@ -41,9 +44,7 @@ class ServedModel:
         serving: None until it is loaded.
         state: `loading`, `ready`, `failed` or `stopped`.
         failure: Why, when failed.
-        batches: Batches run.
-        rows: Rows of those.
-        batch_sizes: Batches run, by rows.
+        metrics: What was counted, of all its generations.
     """
 
     def __init__(self, name: str) -> None:
@@ -51,9 +52,7 @@ class ServedModel:
         self.serving: Serving | None = None
         self.state = "loading"
         self.failure = ""
-        self.batches = 0
-        self.rows = 0
-        self.batch_sizes: dict[int, int] = {}
+        self.metrics = ModelMetrics()
 
 
 class Engine:
@@ -65,6 +64,8 @@ class Engine:
     Attributes:
         config: What is served; `pool.front.reloading` changes it.
         models: All of the config, by name.
+        unknown: Counts predictions refused for other models, or that cannot be read.
+        turn: The present turn of the loop, for the tickets of the requests received in it.
         is_draining: Whether new requests are refused.
         is_stopping: Whether nothing runs again.
         on_unserved: Called when a route resolved earlier may be served no more: whoever keeps routes
@@ -77,6 +78,7 @@ class Engine:
         self.config = config
         self._supervisor = Supervisor()
         self.models = {name: ServedModel(name) for name in config.models}
+        self.unknown = ModelMetrics()
         self._servings: dict[Generation, Serving] = {}  # also those that only finish what they admitted
         self._retiring: dict[Serving, asyncio.Task[None]] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -84,6 +86,7 @@ class Engine:
         self._awake = Awake(self._loop, config.server.awake_us / 1e6)
         self._idle: asyncio.Event = asyncio.Event()
         self._freed = asyncio.Event()  # set whenever a slot is free that was not
+        self.turn = Turn(time.monotonic())
         self.is_draining = False
         self.is_stopping = False
 
@@ -131,7 +134,9 @@ class Engine:
         async def start() -> Serving:
             nonlocal serving
             report, weights_fd = await self._supervisor.load(name, config, start_timeout_s)
-            generation = Generation(name, config, report)
+            known = self.models.get(name)
+            metrics = None if known is None else known.metrics
+            generation = Generation(name, config, report, metrics)
             serving = Serving(generation, self._supervisor, weights_fd, self, start_timeout_s)
             self._servings[generation] = serving
             loaded(serving)
@@ -154,6 +159,7 @@ class Engine:
     def switch(self, name: str, serving: Serving) -> None:
         """Have a model served by a generation that is ready; the one before finishes what it admitted."""
         model = self.models.setdefault(name, ServedModel(name))
+        model.metrics = serving.generation.metrics
         old, model.serving = model.serving, serving
         model.state, model.failure = "ready", ""
         self.on_unserved()
@@ -264,10 +270,23 @@ class Engine:
             raise ModelNotFound(f"no model {name!r}; wanted one of {names}")
         return name
 
-    def flush(self, generation: Generation, now: float) -> None:
-        """Rows were placed: start what can start, and arm the timer for what cannot yet."""
+    def flush(self, generation: Generation, admitted: int) -> Turn:
+        """Rows were placed: start what can start, and arm the timer for what cannot yet.
+
+        Args:
+            generation: Where.
+            admitted: Requests placed there since the last flush.
+
+        Returns:
+            The new turn that begins with it.
+        """
+        now = time.monotonic()
+        turn, self.turn = self.turn, Turn(now)
+        turn.ended = now
+        generation.metrics.stages["receive"].add(now - turn.started, admitted)
         self._awake.came(Event.REQUEST, now)
         self._servings[generation].advance(now)
+        return self.turn
 
     def pin(self, generation: Generation, slot: Slot, payload: np.ndarray[Any, Any]) -> None:
         """Keep `slot` from being used again until `payload`, a view of its bytes, is garbage."""
@@ -310,15 +329,6 @@ class Engine:
         for serving in list(self._servings.values()):
             serving.expire(now)
         self.freed()
-
-    def ran(self, serving: Serving, rows: int) -> None:
-        """Count a batch."""
-        model = self.models.get(serving.generation.model)
-        if model is None:  # removed, and finishing what it admitted
-            return
-        model.batches += 1
-        model.rows += rows
-        model.batch_sizes[rows] = model.batch_sizes.get(rows, 0) + 1
 
     def freed(self) -> None:
         """Tell whoever waits for it when all is done that was admitted."""
@@ -410,6 +420,24 @@ class Engine:
             workers_ready=sum(state in (WorkerState.READY, WorkerState.BUSY) for state in states),
             queue_rows=sum(generation.batcher.queue_rows for generation in self._servings),
         )
+
+    @property
+    def zygotes_lost(self) -> dict[str, int]:
+        """Zygotes that ended unasked, by backend."""
+        return self._supervisor.lost
+
+    def members(self) -> list[Member]:
+        """The processes there are now."""
+        members = [Member(os.getpid(), "front")]
+        for zygote in self._supervisor.zygotes.values():
+            if zygote.pid is not None:
+                members.append(Member(zygote.pid, "zygote", place=zygote.backend))
+        for serving in self._servings.values():
+            for worker in serving.replicas.everyone():
+                if worker.pid is not None:
+                    role = "worker" if worker.role == "serving" else worker.role
+                    members.append(Member(worker.pid, role, serving.generation.model, str(worker.index)))
+        return members
 
     async def status(self) -> dict[str, Any]:
         """The engine's part of the status document (`docs/operations.md`)."""

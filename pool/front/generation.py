@@ -25,6 +25,7 @@ from pool.errors import (
 )
 from pool.front.batcher import Batcher
 from pool.front.columns import Column, read_columns, read_numeric, read_rows, write_rows
+from pool.front.metrics import ModelMetrics
 from pool.front.poison import PoisonMemory
 from pool.front.replies import Join, Reply
 from pool.front.route import Route, check_input, choose_outputs
@@ -51,15 +52,19 @@ class Generation:
         model: Its name.
         config: Its settings.
         report: What the loader found.
+        metrics: What is counted of the model; its own unless given.
 
     Raises:
         ConfigError: the arena cannot be allocated.
     """
 
-    def __init__(self, model: str, config: ModelConfig, report: LoadReport) -> None:
+    def __init__(
+        self, model: str, config: ModelConfig, report: LoadReport, metrics: ModelMetrics | None = None
+    ) -> None:
         self.model = model
         self.config = config
         self.report = report
+        self.metrics = metrics or ModelMetrics()
         self.version = report.version
         self.signatures = {signature.name: signature for signature in report.signatures}
         slots, slot_bytes = plan_arena(config, report)
@@ -282,7 +287,15 @@ class Generation:
             if join is None:
                 join = Join(ticket)
             part = Ticket(
-                join, None, len(join.parts), route, rows, ticket.deadline, now, ticket.key, ticket.account
+                join,
+                None,
+                len(join.parts),
+                route,
+                rows,
+                ticket.deadline,
+                ticket.turn,
+                ticket.key,
+                ticket.account,
             )
             join.parts.append((slot, part))
             self.batcher.commit(slot, part, now)

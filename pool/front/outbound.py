@@ -20,6 +20,7 @@ from pool.errors import PoolError
 from pool.front.clients import Client, Clients
 from pool.front.engine import Engine
 from pool.front.generation import Generation
+from pool.front.metrics import ModelMetrics
 from pool.front.outbox import Outbox, Tracker
 from pool.front.replies import Reply
 from pool.front.slots import Slot, Ticket
@@ -56,14 +57,16 @@ class Refusal:
 
     Attributes:
         code: Of the error.
+        metrics: Counts it; None for what is no prediction.
         millis: Of its advice, 0 for none.
         meta: Of its message.
     """
 
-    __slots__ = ("code", "meta", "millis")
+    __slots__ = ("code", "meta", "metrics", "millis")
 
-    def __init__(self, error: PoolError) -> None:
+    def __init__(self, error: PoolError, metrics: ModelMetrics | None) -> None:
         self.code = error.code
+        self.metrics = metrics
         self.millis = error.retry_after_ms or 0
         self.meta = wire.encode_error_meta(error)
 
@@ -114,6 +117,7 @@ class Outbound:
     def send_results(self, tickets: Sequence[Ticket], reply: Reply, slot: Slot) -> None:
         """Send rows of a finished slot, each ticket's in a message."""
         generation = tickets[0].route.generation
+        generation.metrics.answered("OK", len(tickets))
         numeric, reply_row_bytes = reply.numeric, reply.row_bytes
         head, meta, pack = reply.head, reply.meta, HEAD.pack
         if numeric is None:
@@ -156,12 +160,14 @@ class Outbound:
         pack = PART.pack
         table = b"".join([pack(ticket.id, 0, ticket.rows) for ticket in tickets])
         generation = first.route.generation
+        generation.metrics.answered("OK", len(tickets))
         self._send_rows(
             first.client, header, [table], len(tickets), generation, reply, slot, first.start, rows
         )
 
     def send_frames(self, ticket: Ticket, reply: Reply, frames: list[bytes]) -> None:
         """Send a result joined from several batches."""
+        ticket.route.generation.metrics.answered("OK")
         header = Header(Kind.RESULT, ticket.id, reply.meta, rows=ticket.rows, flags=reply.flags)
         self._send_message(ticket.client, wire.encode_header(header), frames)
 
@@ -206,29 +212,33 @@ class Outbound:
 
     def send_error(self, ticket: Ticket, error: PoolError) -> None:
         """Send the typed error a request ends with."""
-        self.refuse(ticket.client, ticket.id, error)
+        self.refuse(ticket.client, ticket.id, error, ticket.route.generation.metrics)
 
-    def refuse(self, client: Client, id_: int, error: PoolError) -> None:
-        """Send an error."""
-        self.refuse_alike(client, id_, Refusal(error))
+    def refuse(self, client: Client, id_: int, error: PoolError, metrics: ModelMetrics | None) -> None:
+        """Send an error, counted in `metrics` if it answers a prediction."""
+        self.refuse_alike(client, id_, Refusal(error, metrics))
 
     def refuse_alike(self, client: Client, id_: int, refusal: Refusal) -> None:
         """Send an error that is encoded already."""
         self._count(refusal, 1)
         self._send_message(client, HEAD.pack(_ERROR, id_, refusal.millis, 0) + refusal.meta, ())
 
-    def refuse_bundled(self, client: Client, ids: Sequence[int], error: PoolError) -> None:
+    def refuse_bundled(
+        self, client: Client, ids: Sequence[int], error: PoolError, metrics: ModelMetrics
+    ) -> None:
         """Answer requests that came in bundles with one error, in one message."""
         if len(ids) == 1:
-            self.refuse(client, ids[0], error)
+            self.refuse(client, ids[0], error, metrics)
             return
-        refusal = Refusal(error)
+        refusal = Refusal(error, metrics)
         self._count(refusal, len(ids))
         header = HEAD.pack(_ERROR_BUNDLE, 0, refusal.millis, 0) + refusal.meta
         self._send_message(client, header, [wire.encode_ids(ids)], len(ids))
 
     def _count(self, refusal: Refusal, replies: int) -> None:
         self.errors[refusal.code] = self.errors.get(refusal.code, 0) + replies
+        if refusal.metrics is not None:
+            refusal.metrics.answered(refusal.code, replies)
 
     def inform(self, client: Client, id_: int, document: dict[str, Any]) -> None:
         """Send the answer to a question."""

@@ -18,15 +18,23 @@ class PoisonMemory:
 
     Args:
         memory_s: How long; 0 for not at all.
+
+    Attributes:
+        refused: Requests found again.
     """
 
     def __init__(self, memory_s: float) -> None:
         self.memory_s = memory_s
+        self.refused = 0
         self._known: dict[bytes, tuple[float, str]] = {}  # digest -> until when, what it did
 
     def __bool__(self) -> bool:
         """Whether anything is remembered, so that looking is worth a hash."""
         return bool(self._known)
+
+    def __len__(self) -> int:
+        """How many are remembered."""
+        return len(self._known)
 
     def remember(self, layout: int, payloads: Sequence[bytes | memoryview], how: str, now: float) -> None:
         """Bar a request that killed a worker.
@@ -54,7 +62,10 @@ class PoisonMemory:
                 break  # the others came later, and stay as long
             del self._known[digest]
         known = self._known.get(_digest(layout, payloads)) if self._known else None
-        return None if known is None else (known[1], known[0] - now)
+        if known is None:
+            return None
+        self.refused += 1
+        return known[1], known[0] - now
 
 
 def _digest(layout: int, payloads: Sequence[bytes | memoryview]) -> bytes:

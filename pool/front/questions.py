@@ -89,5 +89,5 @@ class Questions:
             log.exception("cannot tell the status")
             if not self._is_closed:
                 self._outbound.refuse(
-                    client, id_, InternalError(f"the status cannot be read: {type(e).__name__}: {e}")
+                    client, id_, InternalError(f"the status cannot be read: {type(e).__name__}: {e}"), None
                 )

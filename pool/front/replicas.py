@@ -143,10 +143,10 @@ class Replicas:
             child, bell = await fork_worker(self._supervisor, self._generation, self._weights_fd, worker)
         except (PoolError, OSError) as e:
             reason = e.message if isinstance(e, PoolError) else f"cannot start a worker: {e.strerror}"
-            self._after_end(worker, None, End(reason, False), [])
+            self._after_end(worker, None, End(reason, False, "not_started"), [])
             return
         except asyncio.CancelledError:
-            self._after_end(worker, None, End("the server is stopping", False), [])
+            self._after_end(worker, None, End("the server is stopping", False, "not_started"), [])
             raise
         if worker.state is WorkerState.DRAINING:  # meanwhile it was let go
             child.kill()
@@ -291,7 +291,7 @@ class Replicas:
         except OSError as e:  # it is dying: its end is about to be seen, and the slot recovered then
             log.warning("doorbell of worker %d does not ring: %s", worker.index, e.strerror)
 
-    def finished(self, worker: Worker) -> None:
+    def finished(self, worker: Worker, now: float) -> None:
         """The worker answered for its slot; it can take another if it is READY now."""
         assert worker.slot is not None
         worker.move(WorkerEvent.FINISH)
@@ -300,6 +300,7 @@ class Replicas:
         counted = self.workers[worker.index] if is_retiring else worker
         counted.batches += 1
         counted.rows += worker.slot.rows
+        counted.busy_s += now - worker.slot.dispatched_at
         worker.batches_now += 1
         worker.failures = 0
         worker.slot = None
@@ -324,10 +325,11 @@ class Replicas:
         old = self.workers[successor.index]
         del self._successors[successor.index]
         successor.role, old.role = "serving", "retiring"
-        successor.batches, successor.rows = old.batches, old.rows
+        successor.batches, successor.rows, successor.busy_s = old.batches, old.rows, old.busy_s
         successor.restarts, successor.last_error = old.restarts + 1, old.last_error
         self.workers[successor.index] = successor
         self.recycled += 1
+        self._generation.metrics.restarted("replaced")
         self._let_go(old)
 
     def _let_go(self, worker: Worker) -> None:

@@ -18,12 +18,13 @@ import msgspec
 import uvloop
 
 from pool.config import Config
-from pool.endpoints import default_endpoint
+from pool.endpoints import default_endpoint, is_loopback
 from pool.errors import ConfigError, PoolError
 from pool.front.activation import assign, take_sockets
 from pool.front.endpoint import Endpoint
 from pool.front.engine import Engine
 from pool.front.heartbeat import Heartbeat
+from pool.front.http import HttpServer
 from pool.front.notify import Notifier, status
 from pool.front.reloading import Reloads
 from pool.front.sizing import plan_arena
@@ -112,6 +113,7 @@ class Front:
         endpoints = config.server.endpoints or tuple(assigned) or (default_endpoint(),)
         self._endpoint = Endpoint(self._engine, config.server, endpoints, self._describe, assigned)
         self._heartbeat = Heartbeat(notifier, self._engine, lambda: self._endpoint.requests)
+        self._http: HttpServer | None = None
         self._stops = 0
         self._stopping = asyncio.Event()
         self._hurrying = asyncio.Event()
@@ -126,6 +128,9 @@ class Front:
             self._heartbeat.start()
             self._endpoint.open()
             log.info("listening %s", " ".join(self._endpoint.endpoints))
+            address = self._engine.config.server.metrics
+            if address is not None:
+                await self._watch(address)
             starting = self._loop.create_task(self._engine.start())
             code = await self._serve(starting)
         except ConfigError as e:
@@ -141,12 +146,24 @@ class Front:
                 await asyncio.wait([starting])
             await self._reloads.stop()
             await self._engine.stop()
+            if self._http is not None:
+                await self._http.close()
             self._endpoint.close()
             self._heartbeat.close()
         if failure:  # the last word, which `systemctl status` keeps
             self._notifier.send(status(failure))
         log.info("stopped exit_code=%d", code)
         return code
+
+    async def _watch(self, address: str) -> None:
+        # prometheus_client takes a quarter of a second to import: only who asks for it waits.
+        from pool.front.exposition import Exposition
+
+        self._http = HttpServer(address, Exposition(self._engine, self._endpoint.describe).page)
+        await self._http.open()
+        log.info("metrics at=%s", self._http.address)
+        if not is_loopback(address):
+            log.warning("metrics are open to all who reach it at=%s", self._http.address)
 
     def _stop(self) -> None:
         self._stops += 1
@@ -159,7 +176,12 @@ class Front:
             self._heartbeat.ready()
 
     def _describe(self) -> dict[str, Any]:
-        return {"reload": self._reloads.describe(), "config": msgspec.to_builtins(self._engine.config)}
+        address = "" if self._http is None else self._http.address
+        return {
+            "metrics": address,
+            "reload": self._reloads.describe(),
+            "config": msgspec.to_builtins(self._engine.config),
+        }
 
     async def _serve(self, starting: asyncio.Task[None]) -> int:
         stop = self._loop.create_task(self._stopping.wait())

@@ -52,9 +52,6 @@ class Host(Protocol):
     def advanced(self, serving: Serving, now: float) -> None:
         """Batches were given out, or not: the clock may have something new to wait for."""
 
-    def ran(self, serving: Serving, rows: int) -> None:
-        """A batch of so many rows was answered, well or not."""
-
     def freed(self) -> None:
         """A slot is free, or a worker is gone: perhaps all is done that was admitted."""
 
@@ -140,7 +137,7 @@ class Serving:
     def expire(self, now: float) -> None:
         """Do what the clock makes due: deadlines, batches that take too long, batches that waited enough."""
         for ticket in self._batcher.expire(now):
-            waited_ms = (now - ticket.received_at) * 1e3
+            waited_ms = (now - ticket.turn.started) * 1e3
             late = DeadlineExceeded(f"no answer within the request's timeout; waited {waited_ms:.0f} ms")
             ticket.sink.send_error(ticket, late)
         for slot in self._batcher.overdue(now):
@@ -170,15 +167,16 @@ class Serving:
             return
         now = time.monotonic()
         tickets = self._batcher.finish(slot, now)
-        self.replicas.finished(worker)
+        self.replicas.finished(worker, now)
         self.running -= 1
         if worker.state is WorkerState.READY and worker.role == "serving":
             self._batcher.worker_ready(worker.id)
         self._host.came(Event.ANSWER, now)
         self._dispatch(now)
-        self._host.ran(self, slot.rows)
+        self.generation.metrics.batch_answered(slot)
         if message.kind == Ring.DONE:
             self._deliver(slot, tickets)
+            self.generation.metrics.replies_sent(slot, tickets, now, time.monotonic())
             if slot.trial is not None:
                 self.trials.passed(slot)
             if slot.pins == 0:
@@ -249,6 +247,8 @@ class Serving:
     def worker_ended(self, worker: Worker, slot: Slot | None, end: End) -> None:
         """A worker's process is gone: nothing writes to its slot any more."""
         self._batcher.worker_lost(worker.id)
+        if worker.state is WorkerState.BACKOFF:
+            self.generation.metrics.restarted(end.cause)
         if slot is not None:
             self.running -= 1
             self._batch_lost(slot, end)

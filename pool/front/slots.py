@@ -25,6 +25,20 @@ class Account:
         self.rows = 0
 
 
+class Turn:
+    """A turn of the front's loop in which requests were received.
+
+    Attributes:
+        started: When it began to read them.
+        ended: When the last of them lay in its slot; `started` until then.
+    """
+
+    __slots__ = ("ended", "started")
+
+    def __init__(self, started: float) -> None:
+        self.started = self.ended = started
+
+
 class Ticket:
     """One admitted request's place in one batch (a request split over batches has one for each).
 
@@ -39,7 +53,7 @@ class Ticket:
         rows: How many rows; may be 0.
         start: Its first row in the slot, set by `commit`.
         deadline: When its answer stops being wanted; `inf` for never.
-        received_at: When it was admitted.
+        turn: When it was received.
         key: What it shares with the requests it may run with.
         account: Whose rows they are.
         is_settled: Whether it was answered already (expired or withdrawn): its rows are ballast.
@@ -52,11 +66,11 @@ class Ticket:
         "id",
         "is_settled",
         "key",
-        "received_at",
         "route",
         "rows",
         "sink",
         "start",
+        "turn",
     )
 
     def __init__(
@@ -67,7 +81,7 @@ class Ticket:
         route: Any,
         rows: int,
         deadline: float,
-        received_at: float,
+        turn: Turn,
         key: int,
         account: Account,
     ) -> None:
@@ -78,7 +92,7 @@ class Ticket:
         self.rows = rows
         self.start = 0
         self.deadline = deadline
-        self.received_at = received_at
+        self.turn = turn
         self.key = key
         self.account = account
         self.is_settled = False
@@ -105,12 +119,15 @@ class Slot:
         runs: How often these rows were dispatched.
         trial: The shell's note on a batch that failed.
         is_overdue: Whether its worker took too long and was given up.
+        closed_by: Why its batch went: `full`, `idle_worker` (it had room, but a worker had nothing to do),
+            `overdue` (`max_queue_delay_s` passed), `no_room` (none for the next strings), `rerun`.
         has_ballast: Whether a ticket was settled before it ran: its rows need not run.
     """
 
     __slots__ = (
         "aside",
         "capacity",
+        "closed_by",
         "dispatched_at",
         "earliest_deadline",
         "generation",
@@ -153,6 +170,7 @@ class Slot:
         self.trial: Any = None
         self.is_overdue = False
         self.has_ballast = False
+        self.closed_by = ""
 
     @property
     def priority(self) -> int:

@@ -11,16 +11,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import psutil
 
+from pool.front.processes import Usage, measure_processes, no_usage
 from pool.front.zygotes import Zygote
 from pool.shm.control import LoadReport
 
 if TYPE_CHECKING:
     from pool.front.engine import ServedModel
     from pool.front.workers import Worker
-
-Usage = dict[str, Any]
 
 
 async def read_status(models: Iterable[ServedModel], zygotes: Iterable[Zygote]) -> dict[str, Any]:
@@ -46,9 +44,9 @@ def _model_status(model: ServedModel, usage: dict[int, Usage]) -> dict[str, Any]
     document: dict[str, Any] = {
         "state": model.state,
         "failure": model.failure,
-        "batches": model.batches,
-        "rows": model.rows,
-        "batch_sizes": {str(rows): n for rows, n in sorted(model.batch_sizes.items())},
+        "batches": model.metrics.batches,
+        "rows": model.metrics.rows,
+        "batch_sizes": {str(rows): n for rows, n in sorted(model.metrics.batch_sizes.items())},
     }
     if model.serving is None:
         return document
@@ -79,7 +77,7 @@ def _worker_status(worker: Worker, usage: dict[int, Usage]) -> dict[str, Any]:
         "restarts": worker.restarts,
         "ready_s": worker.ready_s,
         "last_error": worker.last_error,
-        **(usage.get(worker.pid or 0) or _usage(None)),
+        **(usage.get(worker.pid or 0) or no_usage(None)),
     }
 
 
@@ -97,22 +95,3 @@ def describe_report(report: LoadReport, slots: int, slot_bytes: int) -> dict[str
         "slots": slots,
         "slot_bytes": slot_bytes,
     }
-
-
-def measure_processes(pids: Iterable[int]) -> dict[int, Usage]:
-    """CPU seconds and memory of processes; zeros for one that is gone."""
-    usage = {}
-    for pid in pids:
-        usage[pid] = _usage(pid)
-        try:
-            process = psutil.Process(pid)
-            times = process.cpu_times()
-            memory = process.memory_full_info()
-        except psutil.Error:
-            continue  # it ended between the list and the look
-        usage[pid] |= {"cpu_s": times.user + times.system, "uss_bytes": memory.uss, "pss_bytes": memory.pss}
-    return usage
-
-
-def _usage(pid: int | None) -> Usage:
-    return {"pid": pid, "cpu_s": 0.0, "uss_bytes": 0, "pss_bytes": 0}

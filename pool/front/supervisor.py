@@ -23,6 +23,7 @@ class Supervisor:
         self.zygotes: dict[str, Zygote] = {}  # those that can fork, by backend
         self._known: list[Zygote] = []  # all that have a process
         self._starting: dict[str, asyncio.Future[Zygote]] = {}
+        self.lost: dict[str, int] = {}  # zygotes that ended unasked, by backend
         self._is_stopping = False
 
     async def zygote(self, backend: str) -> Zygote:
@@ -46,6 +47,7 @@ class Supervisor:
         started = self._loop.time()
         await zygote.start()
         self.zygotes[backend] = zygote
+        self.lost.setdefault(backend, 0)
         took = self._loop.time() - started
         log.info("zygote started backend=%s pid=%d took_s=%.2f", backend, zygote.pid or 0, took)
         return zygote
@@ -55,6 +57,7 @@ class Supervisor:
         self.zygotes.pop(zygote.backend, None)
         self._starting.pop(zygote.backend, None)
         if not self._is_stopping:
+            self.lost[zygote.backend] += 1
             log.error("zygote lost backend=%s pid=%s how=%s", zygote.backend, zygote.pid, how)
             self._starting[zygote.backend] = asyncio.ensure_future(self._start_zygote(zygote.backend))
 

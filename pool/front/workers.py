@@ -46,10 +46,12 @@ class End(NamedTuple):
     Attributes:
         how: `killed by SIGSEGV`, `exit code 3`, or a sentence.
         is_own_doing: Whether what it ran can be the cause: it was not killed from outside.
+        cause: `crashed`, `hung`, `killed` (from outside), or `not_started`.
     """
 
     how: str
     is_own_doing: bool
+    cause: str
 
 
 class Worker:
@@ -64,6 +66,7 @@ class Worker:
         slot: The slot it runs, if any.
         batches: Batches finished, by all processes that held this place.
         rows: Rows of those batches.
+        busy_s: Seconds it had a batch, by all of them.
         batches_now: Batches finished by the present process.
         restarts: Times a process was started to replace one that ended.
         failures: Deaths in a row without a finished batch or a while of being ready in between.
@@ -88,6 +91,7 @@ class Worker:
         self.slot: Slot | None = None
         self.batches = 0
         self.rows = 0
+        self.busy_s = 0.0
         self.batches_now = 0
         self.restarts = 0
         self.failures = 0
@@ -102,6 +106,10 @@ class Worker:
         if self.child is None or self.child.ended.done():
             return None
         return self.child.pid
+
+    def busy_until(self, now: float) -> float:
+        """`busy_s`, with the batch it has now."""
+        return self.busy_s + (now - self.slot.dispatched_at if self.slot is not None else 0.0)
 
     def move(self, event: WorkerEvent) -> None:
         """Change state; raises IllegalTransition for what cannot happen."""
@@ -118,11 +126,11 @@ class Worker:
             lines = self.words.close()
             self.words = None
         if self.overdue:
-            return End(f"killed: {self.overdue}", True), lines
+            return End(f"killed: {self.overdue}", True, "hung"), lines
         if self.child.refusal:
-            return End(self.child.refusal, False), lines
+            return End(self.child.refusal, False, "not_started"), lines
         is_own_doing = code != UNKNOWN_EXIT and -code not in _FOREIGN_SIGNALS
-        return End(describe_exit(code), is_own_doing), lines
+        return End(describe_exit(code), is_own_doing, "crashed" if is_own_doing else "killed"), lines
 
 
 async def fork_worker(
