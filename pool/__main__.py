@@ -24,6 +24,7 @@ COMMANDS = {
     "predict": "send one request and show its answer",
     "reload": "have a running server read its configuration file again",
     "status": "show what a server is doing",
+    "keys": "make the keys that secure tcp endpoints",
     "bench": "measure a server under load",
     "chaos": "kill, stop, crash and hang a server's processes under checked load, and tell what that cost",
     "install-service": "write the files that have systemd run servers",

@@ -17,6 +17,7 @@ crosses as a pickled exception.
     ├── Overloaded             no row free; retry after `retry_after_ms`     (retryable)
     ├── DeadlineExceeded       the timeout passed first
     ├── Cancelled              the caller withdrew the request
+    ├── Forbidden              this user may not use the server
     ├── Unavailable            not started yet, draining, or unreachable      (retryable)
     └── InternalError          a bug in pool
 """
@@ -133,6 +134,12 @@ class Cancelled(PoolError):
     code = "CANCELLED"
 
 
+class Forbidden(PoolError):
+    """The server does not serve the user that the client runs as."""
+
+    code = "FORBIDDEN"
+
+
 class Unavailable(PoolError):
     """The server is starting, draining, or cannot be reached."""
 
@@ -163,6 +170,7 @@ _BY_CODE: dict[str, type[PoolError]] = {
         Overloaded,
         DeadlineExceeded,
         Cancelled,
+        Forbidden,
         Unavailable,
         InternalError,
     )
