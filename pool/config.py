@@ -10,6 +10,7 @@ All mistakes of a file are reported at once, one a line: `file: key: rule, got v
 from __future__ import annotations
 
 import difflib
+import grp
 import itertools
 import json
 import os
@@ -23,8 +24,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from pool.endpoints import check_endpoint
+from pool.endpoints import check_endpoint, is_loopback
 from pool.errors import ConfigError
+from pool.keys import PUBLIC_SUFFIX, read_public_key, read_secret_key
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -38,6 +40,7 @@ MAX_CORE = 4095  # Linux's own limit is 8192; beyond any machine, and keeps "cpu
 MIN_MESSAGE_BYTES = 65_536  # the longest header of the wire must fit
 MAX_TIMEOUT_MS = 2**32 - 1  # the wire carries it as a u32
 MAX_PRIORITY = 3
+MAX_UID = 2**32 - 2  # the last one stands for none
 
 Backend = Literal["tensorflow", "drill"]
 AwakeUs = Annotated[float, Meta(ge=0, le=100_000)]
@@ -50,6 +53,12 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Attributes:
         endpoints: Where clients connect; empty for `pool.endpoints.default_endpoint()`.
         ipc_mode: Permissions of `ipc://` socket files, octal.
+        ipc_group: Group of `ipc://` socket files, by name or number; None for the server's own.
+        ipc_uids: Users that may use `ipc://` endpoints; None for all whom the files let in.
+        curve_secret_key: File of the key that `tcp://` endpoints are secured with; absolute after
+            `load_config`. None for no security.
+        authorized_keys: Directory of the public keys of clients that may use them; as above.
+        insecure: Whether `tcp://` endpoints without security may be reached from other machines.
         max_message_bytes: Largest frame taken from a client.
         max_unread_bytes: Replies kept for a client that does not read them.
         start_timeout_s: Longest time for a model's workers to load and be ready.
@@ -61,6 +70,11 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     endpoints: tuple[str, ...] = ()
     ipc_mode: Annotated[str, Meta(pattern="^0?[0-7]{3}$")] = "0660"
+    ipc_group: Annotated[str, Meta(min_length=1)] | None = None
+    ipc_uids: tuple[Annotated[int, Meta(ge=0, le=MAX_UID)], ...] | None = None
+    curve_secret_key: Annotated[str, Meta(min_length=1)] | None = None
+    authorized_keys: Annotated[str, Meta(min_length=1)] | None = None
+    insecure: bool = False
     max_message_bytes: Annotated[int, Meta(ge=MIN_MESSAGE_BYTES, le=2**40)] = 2**30
     max_unread_bytes: Annotated[int, Meta(ge=MIN_MESSAGE_BYTES, le=2**40)] = 2**26
     start_timeout_s: Annotated[float, Meta(ge=0.1, le=86_400)] = 300.0
@@ -73,6 +87,19 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def ipc_permissions(self) -> int:
         """`ipc_mode` as the number `chmod` takes."""
         return int(self.ipc_mode, 8)
+
+    @property
+    def ipc_gid(self) -> int | None:
+        """`ipc_group` as the number `chown` takes.
+
+        Raises:
+            KeyError: this machine has no such group.
+        """
+        if self.ipc_group is None:
+            return None
+        if re.fullmatch(r"[0-9]{1,10}", self.ipc_group) and int(self.ipc_group) <= MAX_UID:
+            return int(self.ipc_group)
+        return grp.getgrnam(self.ipc_group).gr_gid
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -173,7 +200,7 @@ def placement(model: ModelConfig, worker_index: int, core_count: int) -> Placeme
 def load_config(path: str | os.PathLike[str]) -> Config:
     """Read and check a configuration file.
 
-    Model paths that are relative are taken from the file's own folder; the result's are absolute.
+    Paths that are relative are taken from the file's own folder; the result's are absolute.
 
     Raises:
         ConfigError: the file cannot be read, is not UTF-8 or not TOML, or breaks a rule; every
@@ -197,9 +224,19 @@ def load_config(path: str | os.PathLike[str]) -> Config:
         name: msgspec.structs.replace(model, path=str((folder / Path(model.path).expanduser()).resolve()))
         for name, model in config.models.items()
     }
-    config = msgspec.structs.replace(config, models=models)
+    server = msgspec.structs.replace(
+        config.server,
+        curve_secret_key=_absolute(folder, config.server.curve_secret_key),
+        authorized_keys=_absolute(folder, config.server.authorized_keys),
+    )
+    config = msgspec.structs.replace(config, server=server, models=models)
     _raise(file, list(_machine_mistakes(config, os.sched_getaffinity(0))))
     return config
+
+
+def _absolute(folder: Path, path: str | None) -> str | None:
+    """Symbolic links stay: what they point to may be exchanged while the server runs."""
+    return None if path is None else os.path.abspath(folder / Path(path).expanduser())
 
 
 def decode_config(document: dict[str, Any], file: str) -> Config:
@@ -357,6 +394,10 @@ def _syntax_mistake(message: str, text: str) -> str:
 # -- rules that one type cannot tell ---------------------------------------------------------------
 
 
+# What a tcp endpoint that others reach wants.
+SECURED = "or have keys (curve_secret_key and authorized_keys), or insecure = true"
+
+
 def _server_mistakes(server: ServerConfig) -> Iterator[Mistake]:
     seen = set()
     for i, endpoint in enumerate(server.endpoints):
@@ -374,6 +415,20 @@ def _server_mistakes(server: ServerConfig) -> Iterator[Mistake]:
             check_endpoint(f"tcp://{server.metrics}", bind=True)
         except ConfigError:
             yield Mistake("server.metrics", 'must read "HOST:PORT", such as "127.0.0.1:9464"', server.metrics)
+    if server.curve_secret_key is None and not server.insecure:
+        for i, endpoint in enumerate(server.endpoints):
+            if endpoint.startswith("tcp://") and not is_loopback(endpoint):
+                yield Mistake(f"server.endpoints[{i}]", f"must be on loopback, {SECURED}", endpoint)
+    if (server.curve_secret_key is None) != (server.authorized_keys is None):
+        given, wanted = "curve_secret_key", "authorized_keys"
+        if server.curve_secret_key is None:
+            given, wanted = wanted, given
+        yield Mistake(f"server.{wanted}", f"must be given with {given}", _MISSING)
+    if server.insecure and server.curve_secret_key is not None:
+        yield Mistake("server.insecure", "must be false where there are keys (curve_secret_key)", True)
+    if server.ipc_uids == ():
+        rule = "must name users, or be left out where the mode of the socket file is enough"
+        yield Mistake("server.ipc_uids", rule, server.ipc_uids)
 
 
 def _model_mistakes(key: str, model: ModelConfig) -> Iterator[Mistake]:
@@ -402,6 +457,7 @@ def _model_mistakes(key: str, model: ModelConfig) -> Iterator[Mistake]:
 
 
 def _machine_mistakes(config: Config, cores: set[int]) -> Iterator[Mistake]:
+    yield from _access_mistakes(config.server)
     for name, model in config.models.items():
         if not Path(model.path).exists():
             yield Mistake(f"models.{name}.path", "must exist", model.path)
@@ -410,6 +466,32 @@ def _machine_mistakes(config: Config, cores: set[int]) -> Iterator[Mistake]:
             if absent:
                 rule = f"must name cores of this machine ({_ranges(cores)}), not {_ranges(set(absent))}"
                 yield Mistake(f"models.{name}.devices[{i}]", rule, device)
+
+
+def _access_mistakes(server: ServerConfig) -> Iterator[Mistake]:
+    try:
+        _ = server.ipc_gid
+    except KeyError:
+        yield Mistake("server.ipc_group", "must be a group of this machine", server.ipc_group)
+    if server.curve_secret_key is not None:
+        try:
+            read_secret_key(server.curve_secret_key)
+        except ConfigError as e:
+            rule = f"must be a file made by `pool keys new` ({e.message})"
+            yield Mistake("server.curve_secret_key", rule, server.curve_secret_key)
+    if server.authorized_keys is not None:
+        directory = Path(server.authorized_keys)
+        try:
+            files = sorted(path for path in directory.iterdir() if path.suffix == PUBLIC_SUFFIX)
+        except OSError as e:
+            rule = f"must be a directory of NAME.pub files ({e.strerror})"
+            yield Mistake("server.authorized_keys", rule, server.authorized_keys)
+            return
+        for file in files:
+            try:
+                read_public_key(file)
+            except ConfigError as e:
+                yield Mistake("server.authorized_keys", f"must hold public keys ({e.message})", file.name)
 
 
 def _parse_device(text: str) -> tuple[tuple[int, ...], int | None]:

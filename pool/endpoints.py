@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
+from ipaddress import ip_address
 
 from pool.errors import ConfigError
 
@@ -66,6 +66,20 @@ def check_endpoint(endpoint: str, *, bind: bool = False) -> None:
         _check_host_port(endpoint, address, bind)
 
 
+def is_loopback(endpoint: str) -> bool:
+    """Whether only this machine reaches a well-formed `tcp://` endpoint, or `host:port`.
+
+    `localhost` counts, for whatever it resolves to is looked at when it is bound. No other name does.
+    """
+    host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def _check_path(endpoint: str, path: str) -> None:
     if not path.startswith("/") or path.endswith("/") or "\0" in path:
         raise ConfigError(
@@ -91,12 +105,3 @@ def _check_host_port(endpoint: str, address: str, bind: bool) -> None:
             raise ConfigError(f"endpoint {endpoint!r}: got port '*'; wanted the port to connect to")
     elif not 1 <= int(port) <= 65535:
         raise ConfigError(f"endpoint {endpoint!r}: got port {port}; wanted 1 to 65535")
-
-
-def is_loopback(address: str) -> bool:
-    """Whether only this machine reaches `host:port`; a name counts as its own word, `localhost` alone."""
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import zmq
 
+from pool.config import ServerConfig
 from pool.errors import ConfigError
 from pool.front.activation import PassedSocket, assign, take_sockets
 from pool.front.binding import bind
@@ -153,8 +154,8 @@ def test_a_passed_socket_outlives_its_server(tmp_path, kind):
             context = zmq.Context()
             router = context.socket(zmq.ROUTER)
             fd = os.dup(passed.fd)
-            assert bind(router, passed.endpoint, 0o660, fd) is None, "no file of ours to remove"
-            other = bind(router, f"ipc://{tmp_path}/other.sock", 0o640)
+            assert bind(router, passed.endpoint, ServerConfig(), fd) is None, "no file of ours to remove"
+            other = bind(router, f"ipc://{tmp_path}/other.sock", ServerConfig(ipc_mode="0640"))
             assert other is not None, "the next endpoint is bound as usual"
             echo_once(router, passed.endpoint)
             echo_once(router, f"ipc://{tmp_path}/other.sock")

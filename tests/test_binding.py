@@ -6,11 +6,13 @@ import contextlib
 import os
 import socket
 import stat
+import tempfile
 from pathlib import Path
 
 import pytest
 import zmq
 
+from pool.config import ServerConfig
 from pool.errors import ConfigError
 from pool.front.binding import bind
 
@@ -26,14 +28,14 @@ def router():
 
 def test_the_directory_and_the_socket_are_made_for_owner_and_group(router, tmp_path):
     path = tmp_path / "run" / "pool" / "pool.sock"
-    assert bind(router, f"ipc://{path}", 0o640) == str(path)
+    assert bind(router, f"ipc://{path}", ServerConfig(ipc_mode="0640")) == str(path)
     assert path.is_socket()
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
     assert stat.S_IMODE(path.parent.stat().st_mode) & 0o027 == 0
 
 
 def test_tcp_has_no_file_to_remove(router):
-    assert bind(router, "tcp://127.0.0.1:*", 0o660) is None
+    assert bind(router, "tcp://127.0.0.1:*", ServerConfig()) is None
 
 
 def test_a_socket_file_nobody_listens_on_is_replaced(router, tmp_path):
@@ -41,7 +43,7 @@ def test_a_socket_file_nobody_listens_on_is_replaced(router, tmp_path):
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(path))
     assert path.exists()
-    bind(router, f"ipc://{path}", 0o660)
+    bind(router, f"ipc://{path}", ServerConfig())
     with socket.socket(socket.AF_UNIX) as probe:
         probe.connect(str(path))
 
@@ -52,7 +54,7 @@ def test_a_server_that_listens_is_left_alone(router, tmp_path):
         other.bind(str(path))
         other.listen()
         with pytest.raises(ConfigError, match=f"endpoint ipc://{path}: another server is listening there"):
-            bind(router, f"ipc://{path}", 0o660)
+            bind(router, f"ipc://{path}", ServerConfig())
         assert path.exists()
 
 
@@ -61,14 +63,14 @@ def test_what_is_not_a_socket_is_left_alone(router, tmp_path, kind):
     path = tmp_path / "pool.sock"
     path.write_text("precious") if kind == "file" else path.mkdir()
     with pytest.raises(ConfigError, match="a file that is not a socket is there"):
-        bind(router, f"ipc://{path}", 0o660)
+        bind(router, f"ipc://{path}", ServerConfig())
     assert path.exists()
 
 
 def test_a_directory_that_cannot_be_made_is_a_mistake_of_the_config(router, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"endpoint ipc://.*: Not a directory"):
-        bind(router, f"ipc://{tmp_path}/file/run/pool.sock", 0o660)
+        bind(router, f"ipc://{tmp_path}/file/run/pool.sock", ServerConfig())
 
 
 def test_a_port_in_use_is_a_mistake_of_the_config(router):
@@ -77,7 +79,7 @@ def test_a_port_in_use_is_a_mistake_of_the_config(router):
         other.listen()
         endpoint = f"tcp://127.0.0.1:{other.getsockname()[1]}"
         with pytest.raises(ConfigError, match=f"endpoint {endpoint}: cannot bind: Address already in use"):
-            bind(router, endpoint, 0o660)
+            bind(router, endpoint, ServerConfig())
 
 
 def test_no_descriptor_is_left_by_a_refusal(router, tmp_path):
@@ -85,7 +87,7 @@ def test_no_descriptor_is_left_by_a_refusal(router, tmp_path):
     path.write_text("")
     before = set(os.listdir("/proc/self/fd"))
     with pytest.raises(ConfigError):
-        bind(router, f"ipc://{path}", 0o660)
+        bind(router, f"ipc://{path}", ServerConfig())
     assert set(os.listdir("/proc/self/fd")) == before
 
 
@@ -98,4 +100,36 @@ def test_a_directory_of_somebody_else_in_a_place_for_all_is_not_trusted(router, 
     except PermissionError:
         pytest.skip("only root can give a directory away")
     with pytest.raises(ConfigError, match=r"belongs to user 12345; wanted \d+, who serves"):
-        bind(router, f"ipc://{theirs}/pool.sock", 0o660)
+        bind(router, f"ipc://{theirs}/pool.sock", ServerConfig())
+
+
+def test_a_socket_file_is_given_to_a_group_with_the_directory_made_for_it(router, tmp_path):
+    gid = 4711 if os.geteuid() == 0 else os.getgid()
+    config = ServerConfig(ipc_group=str(gid), ipc_mode="0620")
+    path = tmp_path / "run" / "pool.sock"
+    there = tmp_path / "pool.sock"
+    before = tmp_path.stat().st_gid
+    bind(router, f"ipc://{path}", config)
+    bind(router, f"ipc://{there}", config)
+    assert [each.stat().st_gid for each in (path, path.parent, there)] == [gid] * 3
+    assert [stat.S_IMODE(each.stat().st_mode) for each in (path, there)] == [0o620] * 2
+    assert tmp_path.stat().st_gid == before, "a directory of somebody else's"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has somebody to become")
+def test_a_group_the_server_is_not_in_is_a_mistake_of_the_config(router):
+    with tempfile.TemporaryDirectory(prefix="pool-binding-") as directory:
+        os.chown(directory, 65534, -1)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(ConfigError, match=r"cannot give .*pool.sock to group 4711 \(ipc_group\)"):
+                bind(router, f"ipc://{directory}/pool.sock", ServerConfig(ipc_group="4711"))
+        finally:
+            os.seteuid(0)
+
+
+def test_ipv6_is_served_where_it_is_named(router):
+    assert bind(router, "tcp://[::1]:*", ServerConfig()) is None
+    assert router.last_endpoint.startswith(b"tcp://[::1]:")
+    assert bind(router, "tcp://127.0.0.1:*", ServerConfig()) is None
+    assert router.last_endpoint.startswith(b"tcp://127.0.0.1:")

@@ -64,7 +64,7 @@ def test_the_first_in_order_is_taken_of_those_that_answer(directory, context):
     with (
         scripted_server(names[1]),
         scripted_server(names[2]),
-        contextlib.closing(Dial(context, Preference(names), 0.0)) as dial,
+        contextlib.closing(Dial(context, Preference(names), None, 0.0)) as dial,
     ):
         wait_for(dial.connections[1:])
         connection = dial.take(0.0)
@@ -77,7 +77,7 @@ def test_one_that_is_avoided_is_taken_when_no_other_answers(directory, context):
     nobody, there = directory + "a", directory + "b"
     preference = Preference([nobody, there])
     preference.avoid(there, 0.0)
-    with scripted_server(there), contextlib.closing(Dial(context, preference, 0.0)) as dial:
+    with scripted_server(there), contextlib.closing(Dial(context, preference, None, 0.0)) as dial:
         wait_for(dial.connections[1:])
         assert 0 < dial.decides_at < dial_module._AVOID_S
         assert dial.take(dial.decides_at - 0.01) is None
@@ -95,7 +95,7 @@ def test_one_that_is_avoided_is_not_taken_when_another_answers(directory, contex
     with (
         scripted_server(names[0]),
         scripted_server(names[1]),
-        contextlib.closing(Dial(context, preference, 0.0)) as dial,
+        contextlib.closing(Dial(context, preference, None, 0.0)) as dial,
     ):
         wait_for(dial.connections)
         connection = dial.take(0.0)
@@ -108,7 +108,7 @@ def test_a_sole_endpoint_is_taken_as_soon_as_it_answers(directory, context):
     preference.avoid(directory + "a", 0.0)
     with (
         scripted_server(directory + "a"),
-        contextlib.closing(Dial(context, preference, 0.0)) as dial,
+        contextlib.closing(Dial(context, preference, None, 0.0)) as dial,
     ):
         assert dial.decides_at == math.inf
         wait_for(dial.connections)
@@ -121,7 +121,7 @@ def test_closing_a_connection_disturbs_no_other(directory, context):
     core = ClientCore()
     with scripted_server(names[0]), scripted_server(names[1]):
         for _ in range(200):
-            with contextlib.closing(Dial(context, Preference(names), 0.0)) as dial:
+            with contextlib.closing(Dial(context, Preference(names), None, 0.0)) as dial:
                 while (connection := dial.take(0.0)) is None:
                     zmq.zmq_poll([(each.monitor, zmq.POLLIN) for each in dial.connections], -1)
             id_, frames = core.live_request()

@@ -373,7 +373,7 @@ def test_sharing_can_be_turned_off(made, endpoint):
     client = made(endpoint, share_memory=False)
     context = zmq.Context()
     with listener(endpoint) as there:
-        connection = Connection(context, endpoint, shares(client))
+        connection = Connection(context, endpoint, share_memory=shares(client))
         for id_ in range(4):
             connection.send(request(id_))
         there.setblocking(False)

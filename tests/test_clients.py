@@ -14,10 +14,18 @@ from pool.front.clients import Clients
 ROOM = 1000
 
 
+BARRED = "alice"
+
+
+def bar(address):
+    return "not alice" if address == BARRED else ""
+
+
 class Peer:
     """A connection, and what of it is still to be read."""
 
-    def __init__(self, identity, fd):
+    def __init__(self, identity, fd, address):
+        self.address = address
         self.identity = identity
         self.fd = fd
         self.is_open = True
@@ -36,8 +44,12 @@ class Connecting(RuleBasedStateMachine):
         self.peers = []  # those open, or with messages left
         self.made = 0
 
-    @rule(name=st.sampled_from([b"\0four", b"name", b"\0", b"other"]), is_named=st.booleans())
-    def connect(self, name, is_named):
+    @rule(
+        name=st.sampled_from([b"\0four", b"name", b"\0", b"other"]),
+        is_named=st.booleans(),
+        address=st.sampled_from(["", BARRED]),
+    )
+    def connect(self, name, is_named, address):
         used = {peer.fd for peer in self.peers if peer.is_open}
         fd = min(set(range(7, 99)) - used)  # the kernel gives the lowest there is
         identity = name[:4]
@@ -45,7 +57,7 @@ class Connecting(RuleBasedStateMachine):
         if not (self.has_names and is_named) or any(peer.identity == identity for peer in self.peers):
             self.made += 1
             identity = b"\0" + self.made.to_bytes(4, "big")
-        self.peers.append(Peer(identity, fd))
+        self.peers.append(Peer(identity, fd, address))
         self.events.append((True, fd))
 
     @precondition(lambda self: any(peer.is_open for peer in self.peers))
@@ -83,7 +95,9 @@ class Connecting(RuleBasedStateMachine):
         if client is None:
             while self.events:
                 self._read_event()
-            client = self.clients.meet(peer.identity, peer.fd)
+            client = self.clients.meet(peer.identity, peer.fd, peer.address, bar)
+        if client is not None:
+            assert bool(client.barred) == (peer.address == BARRED), "taken for somebody else"
         if peer.is_open:
             assert client is not None, "a living client is taken for gone"
             assert peer.client in (None, client), "one connection, two records"
@@ -103,6 +117,10 @@ class Connecting(RuleBasedStateMachine):
             assert not (peer.is_open and peer.client is not None and peer.client.is_gone)
 
     @invariant()
+    def the_barred_do_not_go_the_fast_way(self):
+        assert not any(client.barred for client in self.clients.numbered.values())
+
+    @invariant()
     def the_gone_are_told_once(self):
         gone = self.clients.take_gone()
         assert len(set(gone)) == len(gone)
@@ -120,12 +138,12 @@ class Connecting(RuleBasedStateMachine):
                 if peer.identity not in self.clients.numbered:
                     while self.events:
                         self._read_event()
-                    self.clients.meet(peer.identity, peer.fd)
+                    self.clients.meet(peer.identity, peer.fd, peer.address, bar)
         while self.events:
             self._read_event()
         assert len(self.clients) == 0
         assert not self.clients.numbered
-        assert not self.clients._named
+        assert not self.clients._others
         assert all(peer.client is None or peer.client.is_gone for peer in self.peers)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import re
 from pathlib import Path
@@ -23,7 +24,9 @@ from pool.config import (
     tomllib,
 )
 from pool.errors import ConfigError
+from pool.keys import write_pair
 
+PAIR = ("Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID", "D:)Q[IlAW!ahhC2ac:9*A}h:p?([4%wOTJ%JR%cs")
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -198,6 +201,26 @@ def test_document_mistakes(text: str, want: str) -> None:
         ('metrics = "9464"', 'server.metrics: must read "HOST:PORT", such as "127.0.0.1:9464", got "9464"'),
         ('metrics = ""', 'server.metrics: must read "HOST:PORT"'),
         ('metrics = "[::1]:65536"', 'server.metrics: must read "HOST:PORT"'),
+        (
+            'endpoints = ["tcp://127.0.0.1:1", "tcp://*:2"]',
+            "server.endpoints[1]: must be on loopback, or have keys (curve_secret_key and authorized_keys), "
+            'or insecure = true, got "tcp://*:2"',
+        ),
+        ('endpoints = ["tcp://[::]:2"]', "server.endpoints[0]: must be on loopback, or have keys"),
+        ('endpoints = ["tcp://10.0.0.1:2"]', "server.endpoints[0]: must be on loopback, or have keys"),
+        ('endpoints = ["tcp://host.example:2"]', "server.endpoints[0]: must be on loopback, or have keys"),
+        (
+            'curve_secret_key = "k"',
+            "server.authorized_keys: must be given with curve_secret_key, got nothing",
+        ),
+        ('authorized_keys = "k"', "server.curve_secret_key: must be given with authorized_keys, got nothing"),
+        (
+            'curve_secret_key = "k"\nauthorized_keys = "d"\ninsecure = true',
+            "server.insecure: must be false where there are keys",
+        ),
+        ("ipc_uids = []", "server.ipc_uids: must name users, or be left out"),
+        ("ipc_uids = [-1]", "server.ipc_uids: must be a list, each item an integer from 0 to 4294967294"),
+        ('ipc_group = ""', "server.ipc_group: must be a string that is not empty"),
         ('endpoints = ["ipc:///a", "ipc:///a"]', "server.endpoints[1]: must not be given twice"),
         ("workers = 2", "server.workers: unknown key here; workers belongs in [models.NAME], got 2"),
     ],
@@ -205,6 +228,18 @@ def test_document_mistakes(text: str, want: str) -> None:
 def test_server_mistakes(line: str, want: str) -> None:
     (found,) = mistakes(f'[server]\n{line}\n[models.m]\npath = "p"\n')
     assert want in found
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        'endpoints = ["tcp://127.0.0.1:1", "tcp://127.8.9.1:*", "tcp://[::1]:1", "tcp://localhost:1"]',
+        'endpoints = ["tcp://*:1"]\ninsecure = true',
+        'endpoints = ["tcp://*:1"]\ncurve_secret_key = "k"\nauthorized_keys = "d"',
+    ],
+)
+def test_tcp_endpoints_that_are_taken(lines: str) -> None:
+    decode(f'[server]\n{lines}\n[models.m]\npath = "p"\n')
 
 
 def test_all_mistakes_are_told_at_once() -> None:
@@ -299,6 +334,62 @@ def test_cores_that_are_not_there(tmp_path: Path) -> None:
     assert str(min(cores)) in found
 
 
+def access_mistakes(folder: Path, *lines: str) -> list[str]:
+    file = folder / "pool.toml"
+    file.write_text("\n".join(["[server]", *lines, "[models.m]", 'path = "."']))
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    return [line.removeprefix(f"{file}: ") for line in caught.value.message.splitlines()]
+
+
+KEYS = ('curve_secret_key = "pool.key"', 'authorized_keys = "clients"')
+
+
+def test_keys_are_relative_to_the_file(tmp_path: Path) -> None:
+    (tmp_path / "clients").mkdir()
+    write_pair(str(tmp_path), "pool", *PAIR)
+    write_pair(str(tmp_path / "clients"), "alice", *PAIR)
+    file = tmp_path / "pool.toml"
+    file.write_text("\n".join(["[server]", *KEYS, "[models.m]", 'path = "."']))
+    server = load_config(file).server
+    assert server.curve_secret_key == str(tmp_path / "pool.key")
+    assert server.authorized_keys == str(tmp_path / "clients")
+
+
+def test_keys_that_are_not_there(tmp_path: Path) -> None:
+    key, clients = access_mistakes(tmp_path, *KEYS)
+    assert key.startswith("server.curve_secret_key: must be a file made by `pool keys new` (key file ")
+    assert key.endswith(f'must be readable, got No such file or directory), got "{tmp_path}/pool.key"')
+    assert clients == (
+        "server.authorized_keys: must be a directory of NAME.pub files (No such file or directory), "
+        f'got "{tmp_path}/clients"'
+    )
+
+
+def test_keys_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "clients").mkdir()
+    write_pair(str(tmp_path), "pool", *PAIR)
+    (tmp_path / "pool.key").chmod(0o644)
+    (tmp_path / "clients" / "bob.pub").write_text("nothing")
+    (tmp_path / "clients" / "README").write_text("nothing")
+    key, client = access_mistakes(tmp_path, *KEYS)
+    assert "must be open to its owner alone (mode 0600), got mode 0644" in key
+    assert client.startswith("server.authorized_keys: must hold public keys (key file ")
+    assert client.endswith('got "bob.pub"')
+
+
+def test_a_group_that_is_not_there(tmp_path: Path) -> None:
+    (found,) = access_mistakes(tmp_path, 'ipc_group = "no such group"')
+    assert found == 'server.ipc_group: must be a group of this machine, got "no such group"'
+
+
+def test_groups_by_name_and_number() -> None:
+    name = grp.getgrgid(os.getgid()).gr_name
+    assert ServerConfig(ipc_group=name).ipc_gid == os.getgid()
+    assert ServerConfig(ipc_group="4711").ipc_gid == 4711
+    assert ServerConfig().ipc_gid is None
+
+
 def test_cores_that_are_there(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     core = min(os.sched_getaffinity(0))
@@ -384,9 +475,15 @@ def test_reference_has_each_key_with_its_default(table: str, struct: type[msgspe
         if field.default is None:  # TOML has no none: the line is commented out, and its example is valid
             state, example = value
             assert state == "commented"
-            extra = '\ndevices = ["gpu:0"]' if field.name == "gpu_memory_mb" else ""
-            line, model = f"{field.name} = {example}{extra}\n", '[models.m]\npath = "p"\n'
-            decode(f"[server]\n{line}{model}" if table == "server" else model + line)
+            extra = {
+                "gpu_memory_mb": 'devices = ["gpu:0"]',
+                "curve_secret_key": 'authorized_keys = "keys"',
+                "authorized_keys": 'curve_secret_key = "pool.key"',
+            }.get(field.name, "")
+            document = {"models": {"m": {"path": "p"}}, "server": {}}
+            where = document["server"] if table == "server" else document["models"]["m"]
+            where |= tomllib.loads(f"{field.name} = {example}\n{extra}")
+            decode_config(document, "f")
         elif not field.required:
             default = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
             assert (tuple(value) if isinstance(value, list) else value) == default, field.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from pool.client.sync import Client
 from pool.endpoints import check_endpoint, default_endpoint
@@ -13,12 +14,24 @@ CONNECT_TIMEOUT_S = 3.0  # a server that is there is met within milliseconds
 
 
 def add_endpoint(parser: argparse.ArgumentParser, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
-    """Declare `--endpoint` and `--timeout`, which is `timeout_s` unless given."""
+    """Declare `--endpoint`, its keys, and `--timeout`, which is `timeout_s` unless given."""
     parser.add_argument(
         "--endpoint",
         metavar="E",
         type=_endpoint,
         help="where the server is (default: " + default_endpoint().replace("%", "%%") + ")",
+    )
+    parser.add_argument(
+        "--server-key",
+        metavar="KEY",
+        default=os.environ.get("POOL_SERVER_KEY") or None,
+        help="the server's public key or its file, for tcp endpoints with keys (default: $POOL_SERVER_KEY)",
+    )
+    parser.add_argument(
+        "--key",
+        metavar="FILE",
+        default=os.environ.get("POOL_KEY") or None,
+        help="file of the secret key to connect with (default: $POOL_KEY)",
     )
     parser.add_argument(
         "--timeout",
@@ -33,7 +46,11 @@ def connect(args: argparse.Namespace) -> Client:
     """A client for the endpoint that was given, with that timeout."""
     timeout: float = args.timeout
     return Client(
-        args.endpoint or default_endpoint(), timeout=timeout, connect_timeout=min(timeout, CONNECT_TIMEOUT_S)
+        args.endpoint or default_endpoint(),
+        timeout=timeout,
+        connect_timeout=min(timeout, CONNECT_TIMEOUT_S),
+        server_key=args.server_key,
+        secret_key=args.key,
     )
 
 

@@ -98,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
                 seed=i,
                 timeout_s=args.timeout,
                 patience_s=patience_s,
+                server_key=args.server_key,
+                secret_key=args.key,
             )
             for i in range(args.clients)
         ]

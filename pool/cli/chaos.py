@@ -109,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
                 window=BLOCKING_WINDOW if kind == "blocking" else WINDOW,
                 patience_s=args.timeout,
                 seed=seed + i,
+                server_key=args.server_key,
+                secret_key=args.key,
             )
             for i, kind in enumerate(islice(cycle(PLAYERS), args.clients))
         ]

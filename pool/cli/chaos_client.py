@@ -38,6 +38,7 @@ from pool.cli.chaos_tally import Tally
 from pool.client.aio import AsyncClient
 from pool.client.connection import Connection
 from pool.client.core import ClientCore, Reply
+from pool.client.curve import keys_of
 from pool.client.sync import Client
 from pool.errors import PoolError, Unavailable, WireError
 
@@ -70,6 +71,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
         window: Most requests without an answer at a time.
         patience_s: A request without a reply for so long is lost.
         seed: Other requests and instants for each process.
+        server_key: The server's public key or its file, for endpoints with keys.
+        secret_key: File of the client's own key.
     """
 
     kind: Kind
@@ -82,6 +85,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     window: int
     patience_s: float
     seed: int
+    server_key: str | None = None
+    secret_key: str | None = None
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -187,7 +192,9 @@ class AsyncioPlayer(Player):
     async def _play(self) -> None:
         task = self.task
         under_way: set[asyncio.Task[None]] = set()
-        async with AsyncClient(task.endpoint, timeout=math.inf) as client:
+        async with AsyncClient(
+            task.endpoint, timeout=math.inf, server_key=task.server_key, secret_key=task.secret_key
+        ) as client:
             await client.signature(task.model, timeout=task.patience_s)
             self.is_ready()
             while not self.is_stopping.is_set():
@@ -219,7 +226,9 @@ class BlockingPlayer(Player):
         # Of each thread that asks: its request, and since when. Whoever takes an entry out settles it.
         self._under_way: dict[int, tuple[Inputs, float]] = {}
         self._numbers = itertools.count()
-        with Client(task.endpoint, timeout=math.inf) as client:
+        with Client(
+            task.endpoint, timeout=math.inf, server_key=task.server_key, secret_key=task.secret_key
+        ) as client:
             client.signature(task.model, timeout=task.patience_s)
             self.is_ready()
             threads = [self._start(client) for _ in range(task.window)]
@@ -289,7 +298,8 @@ class RawPlayer(Player):
             self._context.term()
 
     def _connect(self) -> Connection:
-        connection = Connection(self._context, self.task.endpoint)
+        task = self.task
+        connection = Connection(self._context, task.endpoint, keys_of(task.server_key, task.secret_key))
         deadline = time.monotonic() + self.task.patience_s
         while not connection.is_connected():
             if time.monotonic() >= deadline:

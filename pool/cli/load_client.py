@@ -28,6 +28,7 @@ import zmq
 
 from pool.client.connection import Connection
 from pool.client.core import ClientCore, Reply, Request
+from pool.client.curve import keys_of
 from pool.client.route import Frame
 from pool.errors import DeadlineExceeded, InvalidInput, PoolError, Unavailable
 from pool.sample import Recipe, sample_inputs
@@ -60,6 +61,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
         timeout_s: Longest time without any answer.
         patience_s: Timeout of each request, counted from when it is sent, or with a rate from when it was to
             be sent; the server is told what remains. None for no timeout.
+        server_key: The server's public key or its file, for endpoints with keys.
+        secret_key: File of the client's own key.
     """
 
     endpoint: str
@@ -73,6 +76,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     timeout_s: float
     patience_s: float | None = None
+    server_key: str | None = None
+    secret_key: str | None = None
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -154,7 +159,7 @@ class LoadClient:
         # The window, or the rate, is the only limit: a queue of ZeroMQ's own must not be another.
         self._context.setsockopt(zmq.SNDHWM, 0)
         self._context.setsockopt(zmq.RCVHWM, 0)
-        self._connection = Connection(self._context, task.endpoint)
+        self._connection = Connection(self._context, task.endpoint, keys_of(task.server_key, task.secret_key))
         sockets = (self._connection.socket, self._connection.monitor)
         self._watched = [(socket, zmq.POLLIN) for socket in sockets]
         self._descriptors = [int(socket.get(zmq.FD)) for socket in sockets]

@@ -12,6 +12,7 @@ from typing import Any
 
 from pool.client.conversion import Array
 from pool.client.core import ClientCore, ModelInfo, Request, check_timeout, timeout_to_ms
+from pool.client.curve import Key, keys_of
 from pool.client.dial import Preference, endpoints_of
 from pool.client.exchange import Exchange
 from pool.client.reply import read_flag, read_models
@@ -33,9 +34,11 @@ class AsyncClient:
         retry: Which failed predictions are made again, and when; None for none of them.
         share_memory: Whether large inputs go to a server at an `ipc://` endpoint by shared memory, where it
             has that. False to send everything through the socket.
+        server_key: The server's public key, or the path of its file; for `tcp://` endpoints with keys.
+        secret_key: This client's secret key, or the path of its file; both keys, or neither.
 
     Raises:
-        ConfigError: an endpoint is not well formed.
+        ConfigError: an endpoint or a key is not well formed.
         InvalidInput: `cast` is neither.
 
     Nothing is connected until the first call, whose loop is the client's from then on. Use it as an
@@ -51,13 +54,16 @@ class AsyncClient:
         cast: str = "safe",
         retry: Retry | None = None,
         share_memory: bool = True,
+        server_key: Key | None = None,
+        secret_key: Key | None = None,
     ) -> None:
         preference = Preference(endpoints_of(endpoint))
         self._timeout = check_timeout(timeout)
         self._timeout_ms = timeout_to_ms(timeout)
         self._connect_timeout = check_timeout(connect_timeout)
         self._core = ClientCore(cast=cast)
-        self._exchange = Exchange(self._core, preference, self._connect_timeout, share_memory)
+        keys = keys_of(server_key, secret_key)
+        self._exchange = Exchange(self._core, preference, keys, self._connect_timeout, share_memory)
         self._retry = retry
 
     # -- calls -------------------------------------------------------------------------------------

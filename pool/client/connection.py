@@ -9,8 +9,10 @@ when a connection ends it drops the replies that were received but not read yet 
 
 from __future__ import annotations
 
+import functools
 import itertools
-import sys
+import operator
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, cast
@@ -18,6 +20,7 @@ from typing import Any, cast
 import zmq
 
 from pool import wire
+from pool.client.curve import Keys
 from pool.client.region import SHARE_BYTES, Regions
 from pool.client.route import Frame
 from pool.errors import Unavailable, WireError
@@ -43,12 +46,21 @@ _TCP_KEEPALIVE_IDLE_S, _TCP_KEEPALIVE_INTERVAL_S, _TCP_KEEPALIVE_COUNT = 10, 5, 
 _RECONNECT_MS, _RECONNECT_MAX_MS = 20, 200
 
 
+_EVENT = struct.Struct("=HI")  # which, and its value
+
+# How a handshake may end other than well.
+_REFUSALS = zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+_FAILURES = (*_REFUSALS, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
+_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | functools.reduce(operator.or_, _FAILURES)
+
+
 class Connection:
     """A DEALER socket and its monitor.
 
     Args:
         context: Of the sockets.
         endpoint: Where to connect.
+        keys: For `tcp://` endpoints; None for none.
         share_memory: Whether large tensors may travel by memory shared with the server.
 
     Attributes:
@@ -57,16 +69,26 @@ class Connection:
         monitor: Readable when something happened to the connection: ask `is_connected` then, and once
             that was true, `is_broken`.
         regions: The memory shared with the server.
+        is_refused: Whether the server turned this client away, after which ZeroMQ does not try again.
+        obstacle: What kept the last handshake from succeeding, in words; empty if nothing is known.
 
     Raises:
         Unavailable: no socket could be made (file descriptors used up).
     """
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, share_memory: bool = True
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        keys: Keys | None = None,
+        share_memory: bool = True,
     ) -> None:
         self.endpoint = endpoint
         self.regions = Regions(endpoint if share_memory else None)
+        self.is_refused = False
+        self.obstacle = ""
+        self._is_tcp = endpoint.startswith("tcp://")
+        self._has_keys = keys is not None and self._is_tcp
         try:
             self.socket = context.socket(zmq.DEALER)
         except zmq.ContextTerminated:
@@ -75,9 +97,10 @@ class Connection:
             raise Unavailable(f"no connection to {endpoint}: {e}") from e
         try:
             self._set_up(endpoint)
-            events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+            if keys is not None and self._has_keys:
+                keys.put_on(self.socket)
             address = f"inproc://pool-monitor-{next(_monitor_numbers)}"
-            self.monitor = self.socket.get_monitor_socket(events, address)
+            self.monitor = self.socket.get_monitor_socket(_EVENTS, address)
             self.monitor.linger = 0
             self._stands = False
             self.socket.connect(endpoint)
@@ -98,7 +121,7 @@ class Connection:
         socket.reconnect_ivl_max = _RECONNECT_MAX_MS
         if endpoint.startswith("tcp://["):
             socket.ipv6 = True
-        if endpoint.startswith("tcp://"):
+        if self._is_tcp:
             socket.tcp_keepalive = 1
             socket.tcp_keepalive_idle = _TCP_KEEPALIVE_IDLE_S
             socket.tcp_keepalive_intvl = _TCP_KEEPALIVE_INTERVAL_S
@@ -106,22 +129,37 @@ class Connection:
 
     def is_connected(self) -> bool:
         """Whether a server is there, as far as the monitor told. To be asked until it is true."""
-        for event in self._news():
+        for event, value in self._news():
             # An attempt that fails in its handshake is reported as a disconnection too; the last word counts.
             self._stands = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            if event in _FAILURES:
+                self.is_refused = event in _REFUSALS
+                self.obstacle = self._explain(event, value)
         return self._stands
+
+    def _explain(self, event: int, value: int) -> str:
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            return "it does not know this client's key (secret_key)"
+        if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+            if value != zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+                return "it speaks another protocol"
+            return "it has no keys" if self._has_keys else "it wants keys (server_key and secret_key)"
+        if self._has_keys:
+            return "server_key may not be its key"
+        return "it may want keys (server_key and secret_key)" if self._is_tcp else ""
 
     def is_broken(self) -> bool:
         """Whether a connection that was once established has ended since; reconnected or not."""
-        for event in self._news():
+        for event, _ in self._news():
             if event == zmq.EVENT_DISCONNECTED:
                 self._stands = False
         return not self._stands
 
-    def _news(self) -> Iterator[int]:
+    def _news(self) -> Iterator[tuple[int, int]]:
+        """Events and their values."""
         while _events(self.monitor) & zmq.POLLIN:
             description, _address = self.monitor.recv_multipart(zmq.NOBLOCK)
-            yield int.from_bytes(description[:2], sys.byteorder)
+            yield _EVENT.unpack(description)
 
     def has_room(self) -> bool:
         """Whether `send` would take a message."""

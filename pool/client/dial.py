@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import zmq
 
 from pool.client.connection import Connection
+from pool.client.curve import Keys
 from pool.endpoints import check_endpoint, default_endpoint
 from pool.errors import ConfigError, DeadlineExceeded, PoolError, Unavailable
 
@@ -40,10 +41,19 @@ def endpoints_of(endpoint: str | Sequence[str] | None) -> tuple[str, ...]:
     return endpoints
 
 
-def not_connected(endpoints: Sequence[str], connect_timeout: float, timeout: float) -> PoolError:
-    """The error of a call that met no server: whichever of its two limits was the shorter."""
-    nobody = f"no pool server answered at {', '.join(endpoints)} within {min(connect_timeout, timeout):g} s"
-    return DeadlineExceeded(nobody) if timeout < connect_timeout else Unavailable(nobody)
+def not_connected(dial: Dial, connect_timeout: float, timeout: float) -> PoolError:
+    """The error of a call that met no server: turned away, or whichever of its two limits was the shorter."""
+    endpoints = ", ".join(connection.endpoint for connection in dial.connections)
+    obstacles = [
+        f"{connection.endpoint} was reached, but {connection.obstacle}"
+        for connection in dial.connections
+        if connection.obstacle
+    ]
+    if dial.is_refused:
+        return Unavailable("; ".join(obstacles))
+    nobody = f"no pool server answered at {endpoints} within {min(connect_timeout, timeout):g} s"
+    sentence = "; ".join([nobody, *obstacles])
+    return DeadlineExceeded(sentence) if timeout < connect_timeout else Unavailable(sentence)
 
 
 class Preference:
@@ -80,6 +90,7 @@ class Dial:
     Args:
         context: Of the sockets.
         preference: The endpoints.
+        keys: For those that are secured; None for none.
         now: The present instant, in seconds.
         share_memory: As of `Connection`.
 
@@ -95,6 +106,7 @@ class Dial:
         self,
         context: zmq.Context[zmq.Socket[bytes]],
         preference: Preference,
+        keys: Keys | None,
         now: float,
         share_memory: bool = True,
     ) -> None:
@@ -103,7 +115,7 @@ class Dial:
         self.decides_at = now + _GRACE_S if len(preference.endpoints) > 1 else math.inf
         try:
             for endpoint in preference.endpoints:
-                self.connections.append(Connection(context, endpoint, share_memory))
+                self.connections.append(Connection(context, endpoint, keys, share_memory))
         except BaseException:
             self.close()
             raise
@@ -128,6 +140,11 @@ class Dial:
         for connection in self.connections:  # they were no better, so need not be tried soon
             preference.avoid(connection.endpoint, now)
         return last_resort
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether every server has turned this client away, so that there is nothing to wait for."""
+        return all(connection.is_refused for connection in self.connections)
 
     def close(self) -> None:
         """Close what was not taken."""

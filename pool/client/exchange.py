@@ -26,6 +26,7 @@ import zmq
 
 from pool.client.connection import Connection
 from pool.client.core import ClientCore, Request
+from pool.client.curve import Keys
 from pool.client.deadlines import Deadlines
 from pool.client.dial import Dial, Preference, not_connected
 from pool.client.region import IDLE_S
@@ -45,14 +46,21 @@ class Exchange:
     Args:
         core: Makes messages of requests, and replies of messages.
         preference: The endpoints, dialled when there is something to send.
+        keys: For those that are secured; None for none.
         connect_timeout: Longest to wait for one of them, in seconds.
         share_memory: As of `Connection`.
     """
 
     def __init__(
-        self, core: ClientCore, preference: Preference, connect_timeout: float, share_memory: bool = True
+        self,
+        core: ClientCore,
+        preference: Preference,
+        keys: Keys | None,
+        connect_timeout: float,
+        share_memory: bool = True,
     ) -> None:
         self._core = core
+        self._keys = keys
         self._preference = preference
         self._connect_timeout = connect_timeout
         self._share_memory = share_memory
@@ -292,7 +300,8 @@ class Exchange:
         if self._context is None:
             self._context = zmq.Context()
         try:
-            self._dial = Dial(self._context, self._preference, self._loop.time(), self._share_memory)
+            now = self._loop.time()
+            self._dial = Dial(self._context, self._preference, self._keys, now, self._share_memory)
         except Unavailable as e:
             self._fail_unsent(e)
             return
@@ -306,8 +315,12 @@ class Exchange:
 
     def _on_dialled(self) -> None:
         assert self._loop is not None
-        connection = self._dial.take(self._loop.time()) if self._dial is not None else None
+        if self._dial is None:
+            return
+        connection = self._dial.take(self._loop.time())
         if connection is None:
+            if self._dial.is_refused:
+                self._give_up_dialling()
             return
         self._stop_dialling()
         self._connection = connection
@@ -327,8 +340,10 @@ class Exchange:
             self._trim_timer = self._loop.call_later(IDLE_S, self._trim)
 
     def _give_up_dialling(self) -> None:
+        assert self._dial is not None, "its timer is cancelled with it"
+        error = not_connected(self._dial, self._connect_timeout, math.inf)
         self._stop_dialling()
-        self._fail_unsent(not_connected(self._preference.endpoints, self._connect_timeout, math.inf))
+        self._fail_unsent(error)
 
     def _stop_dialling(self) -> None:
         for timer in self._dial_timers:

@@ -21,6 +21,7 @@ import zmq
 from pool.client.connection import Connection
 from pool.client.conversion import Array
 from pool.client.core import ClientCore, ModelInfo, Request, check_timeout, timeout_to_ms
+from pool.client.curve import Key, keys_of
 from pool.client.dial import Dial, Preference, endpoints_of, not_connected
 from pool.client.reply import Reply, read_flag, read_models
 from pool.client.retry import Attempts, Retry
@@ -48,9 +49,11 @@ class Client:
         retry: Which failed predictions are made again, and when; None for none of them.
         share_memory: Whether large inputs go to a server at an `ipc://` endpoint by shared memory, where it
             has that. False to send everything through the socket.
+        server_key: The server's public key, or the path of its file; for `tcp://` endpoints with keys.
+        secret_key: This client's secret key, or the path of its file; both keys, or neither.
 
     Raises:
-        ConfigError: an endpoint is not well formed.
+        ConfigError: an endpoint or a key is not well formed.
         InvalidInput: `cast` is neither.
 
     Nothing is connected until the first call. A client made before a fork works on both sides of it.
@@ -66,8 +69,11 @@ class Client:
         cast: str = "safe",
         retry: Retry | None = None,
         share_memory: bool = True,
+        server_key: Key | None = None,
+        secret_key: Key | None = None,
     ) -> None:
         self._preference = Preference(endpoints_of(endpoint))
+        self._keys = keys_of(server_key, secret_key)
         self._timeout = check_timeout(timeout)
         self._connect_timeout = check_timeout(connect_timeout)
         self._core = ClientCore(cast=cast)
@@ -317,7 +323,7 @@ class Client:
 
     def _dial(self, context: zmq.Context[zmq.Socket[bytes]], timeout: float, deadline: float) -> Connection:
         patience = min(deadline, time.monotonic() + self._connect_timeout)
-        dial = Dial(context, self._preference, time.monotonic(), self._share_memory)
+        dial = Dial(context, self._preference, self._keys, time.monotonic(), self._share_memory)
         try:
             while True:
                 now = time.monotonic()
@@ -327,8 +333,8 @@ class Client:
                 connection = dial.take(now)
                 if connection is not None:
                     return connection
-                if now >= patience:
-                    raise not_connected(self._preference.endpoints, self._connect_timeout, timeout)
+                if now >= patience or dial.is_refused:
+                    raise not_connected(dial, self._connect_timeout, timeout)
         finally:
             dial.close()
 

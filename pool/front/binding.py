@@ -8,18 +8,19 @@ import stat
 
 import zmq
 
+from pool.config import ServerConfig
 from pool.errors import ConfigError
 
 
 def bind(
-    router: zmq.Socket[bytes], endpoint: str, permissions: int, passed_fd: int | None = None
+    router: zmq.Socket[bytes], endpoint: str, config: ServerConfig, passed_fd: int | None = None
 ) -> str | None:
     """Bind `router` to an endpoint.
 
     Args:
         router: Not bound there yet.
         endpoint: `ipc://` or `tcp://`.
-        permissions: Of the socket file.
+        config: Says whose a socket file is, and its mode.
         passed_fd: The socket listening there, if the service manager made it (`pool.front.activation`);
             ZeroMQ's from now on. Its file is the manager's, permissions and all.
 
@@ -33,21 +34,42 @@ def bind(
     if passed_fd is not None:
         router.setsockopt(zmq.USE_FD, passed_fd)
     elif path is not None:
-        _prepare_ipc(path)
+        _prepare_ipc(path, config.ipc_gid)
+    router.setsockopt(zmq.IPV6, endpoint.startswith("tcp://["))
+    mask = os.umask(0o177)  # nobody else may connect until the file is whose it is to be
     try:
         router.bind(endpoint)
     except zmq.ZMQError as e:
         raise ConfigError(f"endpoint {endpoint}: cannot bind: {e.strerror}") from None
     finally:
+        os.umask(mask)
         if passed_fd is not None:
             router.setsockopt(zmq.USE_FD, -1)  # which is not for the next endpoint
     if path is None or passed_fd is not None:
         return None
-    os.chmod(path, permissions)
+    _give(path, config.ipc_gid, path)
+    os.chmod(path, config.ipc_permissions)
     return path
 
 
-def _prepare_ipc(path: str) -> None:
+def _give(path: str, gid: int | None, endpoint_path: str) -> None:
+    """Make a file or directory a group's.
+
+    Raises:
+        ConfigError: the server may not.
+    """
+    if gid is None:
+        return
+    try:
+        os.chown(path, -1, gid)
+    except OSError as e:
+        raise ConfigError(
+            f"endpoint ipc://{endpoint_path}: cannot give {path} to group {gid} (ipc_group): {e.strerror}; "
+            "wanted a group of the server's"
+        ) from None
+
+
+def _prepare_ipc(path: str, gid: int | None) -> None:
     """Make the socket's directory, and make sure no living server listens there.
 
     A socket file left behind by a killed server does not matter: ZeroMQ replaces it.
@@ -57,7 +79,9 @@ def _prepare_ipc(path: str) -> None:
     """
     directory = os.path.dirname(path)
     try:
-        os.makedirs(directory, mode=0o750, exist_ok=True)
+        if not os.path.isdir(directory):
+            os.makedirs(directory, mode=0o750, exist_ok=True)
+            _give(directory, gid, path)
         _check_owner(path, directory)
         mode = os.stat(path).st_mode
     except FileNotFoundError:

@@ -43,7 +43,9 @@ class Change(NamedTuple):
 
 
 # What is read anew each time it is needed, or can be put where it is kept.
-_SERVER_IN_PLACE = frozenset({"awake_us", "drain_timeout_s", "log_level", "start_timeout_s"})
+_SERVER_IN_PLACE = frozenset(
+    {"authorized_keys", "awake_us", "drain_timeout_s", "insecure", "ipc_uids", "log_level", "start_timeout_s"}
+)
 _MODEL_IN_PLACE = frozenset(
     {
         "max_batches_per_worker",

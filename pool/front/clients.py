@@ -18,8 +18,10 @@ is thus never given up while it lives, and never kept for longer than its descri
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from pool.errors import Forbidden
 from pool.front.outbox import Outbox
 from pool.front.slots import Account
 
@@ -36,17 +38,32 @@ class Client:
         room_bytes: Of replies that may be sent before ZeroMQ is asked again what has left.
         outbox: What is known of the replies that ZeroMQ still has; None before the first such question.
         is_gone: Whether its connection has ended.
+        address: Of its end, as ZeroMQ has it: on ipc, the user and the process.
+        barred: Why it may not use the server; empty if it may.
     """
 
-    __slots__ = ("accounts", "fd", "identity", "is_gone", "outbox", "room_bytes")
+    __slots__ = ("accounts", "address", "barred", "fd", "identity", "is_gone", "outbox", "room_bytes")
 
-    def __init__(self, identity: bytes, fd: int, room_bytes: int) -> None:
+    def __init__(
+        self, identity: bytes, fd: int, room_bytes: int, address: str = "", barred: str = ""
+    ) -> None:
         self.identity = identity
         self.fd = fd
         self.accounts: dict[Any, Account] = {}
         self.room_bytes = room_bytes
         self.outbox: Outbox | None = None
         self.is_gone = False
+        self.address = address
+        self.barred = barred
+
+    def check_access(self) -> None:
+        """Make sure that it may use the server.
+
+        Raises:
+            Forbidden: it may not.
+        """
+        if self.barred:
+            raise Forbidden(self.barred)
 
     def account(self, generation: Any) -> Account:
         """Its account with a generation, opened if it has none."""
@@ -68,7 +85,8 @@ class Clients:
         room_bytes: What each starts with.
 
     Attributes:
-        numbered: By identity, those whose identity ZeroMQ made up: it names one connection and no other.
+        numbered: By identity, those whose identity ZeroMQ made up (it names one connection and no other)
+            and who may use the server.
         gone: Those lost since the shell last took them from here.
     """
 
@@ -76,7 +94,7 @@ class Clients:
         self.numbered: dict[bytes, Client] = {}
         self.gone: list[Client] = []
         self._room_bytes = room_bytes
-        self._named: dict[bytes, Client] = {}
+        self._others: dict[bytes, Client] = {}
         self._open: dict[int, list[Client]] = {}  # by descriptor; without a message, an empty list
 
     def __len__(self) -> int:
@@ -93,8 +111,16 @@ class Clients:
         for client in self._open.pop(fd, ()):
             self._lose(client)
 
-    def meet(self, identity: bytes, fd: int) -> Client | None:
+    def meet(
+        self, identity: bytes, fd: int, address: str = "", bar: Callable[[str], str] = lambda _: ""
+    ) -> Client | None:
         """A message of an identity that is not among `numbered`; all events there are have been told.
+
+        Args:
+            identity: Of the sender.
+            fd: Its connection's descriptor.
+            address: Of the connection's other end.
+            bar: Asked about the address of one that is new: why it may not use the server; empty if it may.
 
         Returns:
             Whose message it is; None if its connection has ended.
@@ -102,13 +128,16 @@ class Clients:
         claimants = self._open.get(fd)
         if claimants is None:
             return None
-        records = self.numbered if len(identity) == _NUMBERED_BYTES and identity[0] == 0 else self._named
-        client = records.get(identity)
+        client = self._others.get(identity)
         if client is not None:
-            if client.fd == fd:
+            # Not by the name alone: whoever takes another one's name must not be taken for him.
+            if client.fd == fd and client.address == address:
                 return client
             self.lose(client)  # it comes back by another connection
-        client = records[identity] = Client(identity, fd, self._room_bytes)
+        client = Client(identity, fd, self._room_bytes, address, bar(address))
+        is_numbered = len(identity) == _NUMBERED_BYTES and identity[0] == 0
+        records = self.numbered if is_numbered and not client.barred else self._others
+        records[identity] = client
         claimants.append(client)
         return client
 
@@ -121,7 +150,7 @@ class Clients:
     def _lose(self, client: Client) -> None:
         client.is_gone = True
         client.room_bytes = 0  # whoever still has a reply for it is made to look
-        records = self.numbered if client.identity in self.numbered else self._named
+        records = self.numbered if client.identity in self.numbered else self._others
         del records[client.identity]
         self.gone.append(client)
 
@@ -132,6 +161,6 @@ class Clients:
 
     def forget_idle_accounts(self) -> None:
         """Drop accounts without rows: they say nothing, and may be with generations that are no more."""
-        for records in (self.numbered, self._named):
+        for records in (self.numbered, self._others):
             for client in records.values():
                 client.accounts = {with_: a for with_, a in client.accounts.items() if a.rows}

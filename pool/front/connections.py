@@ -25,15 +25,22 @@ class Connections:
         router: Not bound yet.
         clients: The records to keep.
         gate: Told of descriptors.
+        bar: Asked about the address of a client: why it may not use the server; empty if it may.
         on_gone: Called when clients are gone and nothing else is about to look.
     """
 
     def __init__(
-        self, router: zmq.Socket[bytes], clients: Clients, gate: Gate, on_gone: Callable[[], None]
+        self,
+        router: zmq.Socket[bytes],
+        clients: Clients,
+        gate: Gate,
+        bar: Callable[[str], str],
+        on_gone: Callable[[], None],
     ) -> None:
         self._router = router
         self._clients = clients
         self._gate = gate
+        self._bar = bar
         self._on_gone = on_gone
         self._loop = asyncio.get_running_loop()
         # ZeroMQ's I/O thread waits when the monitor's queue is full, and all traffic with it. A limit of 0
@@ -88,7 +95,7 @@ class Connections:
         """
         self._read()
         try:
-            fd = frame.get(zmq.SRCFD)
+            fd, address = frame.get(zmq.SRCFD), frame.get("Peer-Address")
         except zmq.ZMQError:
             return None  # ZeroMQ found the peer gone when it accepted the connection
-        return self._clients.meet(identity, fd)
+        return self._clients.meet(identity, fd, address, self._bar)

@@ -22,6 +22,7 @@ import zmq
 from pool import wire
 from pool.config import ServerConfig
 from pool.errors import Cancelled, InternalError, InvalidInput, Overloaded, PoolError, TooLarge, WireError
+from pool.front.access import Access
 from pool.front.binding import bind
 from pool.front.bundles import Bundles
 from pool.front.clients import Client, Clients
@@ -120,7 +121,8 @@ class Endpoint:
             self._router, engine, self._clients, config.max_unread_bytes, mark_bytes, self._again
         )
         self._bundles = Bundles(self._outbound)
-        self._regions = Regions()
+        self._access = Access(config)
+        self._regions = Regions(self._access.is_allowed)
         self._questions = Questions(engine, config, self._outbound, self.describe)
         self._connections: Connections | None = None
         self._cancelled: dict[Client, set[int]] = {}
@@ -138,13 +140,16 @@ class Endpoint:
         Raises:
             ConfigError: an address cannot be bound; the sentence says which and why.
         """
-        self._connections = Connections(self._router, self._clients, self._gate, self._withdraw)
-        for endpoint in self.endpoints:
-            path = bind(
-                self._router, endpoint, self._config.ipc_permissions, self._passed.pop(endpoint, None)
-            )
+        self._connections = Connections(
+            self._router, self._clients, self._gate, self._access.bar, self._withdraw
+        )
+        self._access.open(self._context)
+        for endpoint in sorted(self.endpoints, key=lambda e: e.startswith("tcp://")):
+            self._access.secure(self._router, endpoint)
+            path = bind(self._router, endpoint, self._config, self._passed.pop(endpoint, None))
             if path is not None:
                 self._gate.add(path)
+            self._access.check_bound(endpoint, self._router.getsockopt_string(zmq.LAST_ENDPOINT))
             self._regions.listen(endpoint)
         self._fd = int(self._router.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self._drain)
@@ -160,6 +165,7 @@ class Endpoint:
             self._connections.close()
         self._router.close(linger=1000)
         self._gate.remove()
+        self._access.close()
         self._context.term()
 
     def describe(self) -> dict[str, Any]:
@@ -173,8 +179,14 @@ class Endpoint:
             "dropped_replies": self._outbound.dropped,
             "errors": self._outbound.errors,
             "regions": self._regions.describe(),
+            "authorized_keys": self._access.authorized,
+            "refused_connections": self._access.refused,
             **self._describe_more(),
         }
+
+    def apply(self, config: ServerConfig) -> None:
+        """Take over what of a new configuration can be changed while the socket is open."""
+        self._access.apply(config)
 
     def _forget_routes(self) -> None:
         self._routes.clear()
@@ -233,6 +245,9 @@ class Endpoint:
                     client, header = self._meet(identity)
                     if client is None:
                         self._skip_frames()
+                        continue
+                    if client.barred:
+                        self._receive_slowly(client, header, now)
                         continue
                 route = routes.get(header[fixed:])
                 priority = priorities.get(header[:HEAD_BYTES])
@@ -371,9 +386,12 @@ class Endpoint:
             self._outbound.refuse(client, wire.peek_id(header) or 0, e, self._engine.unknown)
             return 0
         try:
+            is_bundle = decoded.kind is Kind.PREDICT and decoded.flags & Flag.BUNDLE
+            if not is_bundle and decoded.kind is not Kind.CANCEL:
+                client.check_access()
             if decoded.flags & _REGION and decoded.kind is Kind.PREDICT:
                 frames = self._regions.resolve(decoded, frames)
-            if decoded.kind is Kind.PREDICT and decoded.flags & Flag.BUNDLE:
+            if is_bundle:
                 return self._admit_bundle(client, decoded, frames, now) // _BUNDLE_DISCOUNT
             if decoded.kind is Kind.PREDICT:
                 self._admit(client, decoded, frames, now)
@@ -431,6 +449,7 @@ class Endpoint:
         """Admit or refuse each request of a bundle; gives how many there were (`docs/wire.md` 3.9)."""
         parts = wire.split_parts(frames[0] if frames else b"", header.rows)
         try:
+            client.check_access()
             self._check_sizes(frames[1:])
             route = self._find_route(header.meta)
             if not (route.is_batched and route.is_numeric):

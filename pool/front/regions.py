@@ -32,7 +32,7 @@ import secrets
 import socket
 import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from pool import wire
@@ -75,9 +75,14 @@ class _Peer:
 
 
 class Regions:
-    """The regions of all clients."""
+    """The regions of all clients.
 
-    def __init__(self) -> None:
+    Args:
+        is_allowed: Whether a user, by number, may have any.
+    """
+
+    def __init__(self, is_allowed: Callable[[int], bool] = lambda _: True) -> None:
+        self._is_allowed = is_allowed
         self._loop = asyncio.get_running_loop()
         memfd = os.memfd_create("pool-device", os.MFD_CLOEXEC)
         self._device = os.fstat(memfd).st_dev  # of all ordinary memfds
@@ -193,6 +198,9 @@ class Regions:
             return
         sock.setblocking(False)
         peer = _Peer(sock)
+        if not self._is_allowed(peer.uid):
+            sock.close()
+            return
         self._peers.add(peer)
         self._loop.add_reader(sock.fileno(), self._on_readable, peer)
         log.debug("connection pid=%d uid=%d", peer.pid, peer.uid)

@@ -170,6 +170,8 @@ class Front:
         (self._stopping if self._stops == 1 else self._hurrying).set()
 
     def _reloading(self, is_reloading: bool) -> None:
+        if not is_reloading:
+            self._endpoint.apply(self._engine.config.server)
         if is_reloading:
             self._heartbeat.reloading()
         elif not self._stopping.is_set():
