@@ -54,7 +54,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         endpoints: Where clients connect; empty for `pool.endpoints.default_endpoint()`.
         ipc_mode: Permissions of `ipc://` socket files, octal.
         ipc_group: Group of `ipc://` socket files, by name or number; None for the server's own.
-        ipc_uids: Users that may use `ipc://` endpoints; None for all whom the files let in.
+        ipc_uids: Users that may use `ipc://` endpoints, beside the server's own; None for all whom the
+            files let in.
         curve_secret_key: File of the key that `tcp://` endpoints are secured with; absolute after
             `load_config`. None for no security.
         authorized_keys: Directory of the public keys of clients that may use them; as above.

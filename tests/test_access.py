@@ -24,8 +24,8 @@ from pool.config import ServerConfig
 from pool.front.access import Access
 from pool.keys import write_pair
 from pool.wire import Kind
-from tests import raw as raw_module
-from tests.raw import Raw, await_that, drill_bundle, ids
+from tests.raw import Raw, await_that, drill_bundle
+from tests.raw import drill as drill_request
 
 MODEL = '[models.m]\nbackend = "drill"\npath = "{folder}/m"\nwarm_up = false\n'
 NOBODY = 65534
@@ -282,31 +282,12 @@ def test_the_commands_take_keys(site):
     assert "server_key without secret_key" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("keys", "sentence"),
-    [
-        (("{key}", None), "server_key without secret_key; wanted both, or none"),
-        ((None, "{key}"), "secret_key without server_key; wanted both, or none"),
-        (("/no/such/file", "{key}"), "key file /no/such/file: must be readable"),
-        (("~" * 40, "{key}"), "server_key: got 40 characters that are neither a key"),
-        (("{key}", "~" * 40), "secret_key: got 40 characters that are neither a key"),
-    ],
-)
-def test_keys_that_are_none_are_a_mistake_of_the_caller(keys, sentence):
-    _, secret = zmq.curve_keypair()
-    server, own = (key and key.replace("{key}", secret.decode()) for key in keys)
-    for kind in (Client, AsyncClient):
-        with pytest.raises(ConfigError, match=sentence) as caught:
-            kind("tcp://127.0.0.1:1", server_key=server, secret_key=own)
-        assert secret.decode() not in caught.value.message
-
-
 # -- tcp without keys --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def barring(start_server):
-    """A server for everybody on tcp, and for a user who is not here on ipc."""
+    """A server for everybody on tcp, and for a user who is not here on ipc (and its own)."""
     with tempfile.TemporaryDirectory(prefix="pool-access-") as directory:
         folder = drill_folder(Path(directory))
         folder.chmod(0o755)
@@ -314,7 +295,7 @@ def barring(start_server):
         with start_server(
             folder,
             MODEL.format(folder=folder),
-            server=f'ipc_mode = "0666"\nipc_uids = [{os.geteuid() + 4711}]',
+            server='ipc_mode = "0666"\nipc_uids = [4711]',
             endpoints=endpoints,
         ) as server:
             yield server
@@ -341,8 +322,11 @@ def test_an_endpoint_that_turns_out_to_be_open_is_refused(bound):
 # -- users on ipc ------------------------------------------------------------------------------------
 
 
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
 @contextmanager
-def another_user(uid):
+def another_user(uid=NOBODY):
     os.seteuid(uid)
     try:
         yield
@@ -362,63 +346,86 @@ def set_uids(server, uids):
         assert client.status()["front"]["reload"]["error"] == ""
 
 
+def forbidden():
+    return pytest.raises(Forbidden, match=f"user {NOBODY} may not use this server")
+
+
+@as_root
 def test_a_user_who_is_not_listed_gets_one_error_for_everything(barring):
-    sentence = f"user {os.geteuid()} may not use this server"
-    with Client(barring.endpoints[1]) as client:
+    with another_user(), Client(barring.endpoints[1]) as client:
         for ask in (client.status, client.models, client.live, client.ready, lambda: works(client)):
-            with pytest.raises(Forbidden, match=sentence):
+            with forbidden():
                 ask()
-        assert not Forbidden.retryable
-    for options in ({}, {"routing_id": b"a name"}):
-        with Raw(barring.endpoints[1], **options) as raw:
-            for kind in (Kind.LIVE, Kind.READY, Kind.MODELS, Kind.SIGNATURE, Kind.STATUS):
-                id_ = raw.send_kind(kind)
-                (answer,) = raw.collect(1).values()
-                assert type(answer) is Forbidden, kind
-                flagged = wire.encode_header(wire.Header(kind, next(ids), b"", flags=int(wire.Flag.BUNDLE)))
-                raw.send([flagged])
-                (answer,) = raw.collect(1).values()
-                assert type(answer) is Forbidden, kind
-            id_ = raw.send(raw_module.drill("m"))
-            assert type(raw.collect(1)[id_]) is Forbidden
-            mine = [next(ids), next(ids)]
-            raw.send(drill_bundle("m", [(each, 0, 1) for each in mine]))
-            assert {id_: type(error) for id_, error in raw.collect(2).items()} == dict.fromkeys(
-                mine, Forbidden
-            )
-            raw.send_kind(Kind.CANCEL, mine[0])
-            raw.send_kind(Kind.LIVE)
-            assert len(raw.collect(1)) == 1
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as region:
+
+
+@as_root
+@pytest.mark.parametrize("options", [{}, {"routing_id": b"a name"}], ids=["numbered", "named"])
+def test_every_message_of_such_a_user_is_answered_so(barring, options):
+    def answers(raw, frames, count=1):
+        raw.send(frames)
+        return {id_: type(answer) for id_, answer in raw.collect(count).items()}
+
+    with another_user(), Raw(barring.endpoints[1], **options) as raw:
+        for kind in (Kind.LIVE, Kind.READY, Kind.MODELS, Kind.SIGNATURE, Kind.STATUS):
+            for flags in (0, 0xFFFF):
+                header = wire.encode_header(wire.Header(kind, 5, b"", flags=flags))
+                assert answers(raw, [header]) == {5: Forbidden}
+        assert list(answers(raw, drill_request("m")).values()) == [Forbidden]
+        parts = [(6, 0, 1), (7, 0, 1)]
+        assert answers(raw, drill_bundle("m", parts), 2) == {6: Forbidden, 7: Forbidden}
+        raw.send_kind(Kind.CANCEL, 6)
+        assert answers(raw, [wire.encode_header(wire.Header(Kind.LIVE, 8, b""))]) == {8: Forbidden}
+
+
+@as_root
+def test_nor_does_such_a_user_share_memory(barring):
+    with another_user(), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as region:
         region.connect(barring.endpoints[1].removeprefix("ipc://") + ".fd")
         with suppress(BrokenPipeError, ConnectionResetError):
             region.send(b"a region")
             assert region.recv(100) == b""
-    with Client(barring.endpoint) as client:  # it is for ipc alone
+
+
+@as_root
+def test_such_a_user_may_be_served_by_tcp(barring):
+    with another_user(), Client(barring.endpoint) as client:
         assert works(client)
-        assert client.status()["models"]["m"]["rows"] == 2
 
 
+def test_the_servers_own_user_is_served(barring):
+    with Client(barring.endpoints[1]) as client:
+        assert works(client)
+
+
+@as_root
 def test_users_are_listed_anew_by_a_reload(barring):
-    with Client(barring.endpoints[1]) as client:
-        set_uids(barring, [os.geteuid()])
-        assert works(client)
-        set_uids(barring, [os.geteuid() + 4711])
-        assert works(client)  # the connection it has stays
-    with Client(barring.endpoints[1]) as client, pytest.raises(Forbidden):
-        client.status()
+    early, late = Client(barring.endpoints[1]), Client(barring.endpoints[1])
+    with early, late:
+        set_uids(barring, [NOBODY])
+        with another_user():
+            assert works(early)
+        set_uids(barring, [4711])
+        with another_user():
+            assert works(early)  # the connection it has stays
+            with forbidden():
+                late.status()
+    assert not Forbidden.retryable
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_users_are_told_apart_by_the_kernel(barring):
-    set_uids(barring, [NOBODY])
-    with Client(barring.endpoints[1]) as client, pytest.raises(Forbidden, match="user 0 may not"):
-        client.status()
-    with another_user(NOBODY), Client(barring.endpoints[1]) as client:
-        assert works(client)
-    set_uids(barring, [0])
-    with Client(barring.endpoints[1]) as client:
-        assert works(client)
-    barred = pytest.raises(Forbidden, match=f"user {NOBODY} may not")
-    with another_user(NOBODY), Client(barring.endpoints[1]) as client, barred:
-        client.status()
+@pytest.mark.parametrize(
+    ("address", "is_barred"),
+    [
+        ("localhost:1000:7:7", False),
+        (":1000:7:7", False),
+        ("localhost:1001:1000:1000", True),
+        (":1001:1000:1000", True),
+        ("10.0.0.1", False),
+        ("fe80::1000:1001:1002:1003%eth0", False),
+        ("::ffff:10.0.0.1", False),
+    ],
+)
+def test_the_users_of_peer_addresses(address, is_barred):
+    async def bar():
+        return Access(ServerConfig(ipc_uids=(1000,))).bar(address)
+
+    assert bool(asyncio.run(bar())) is is_barred
