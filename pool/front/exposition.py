@@ -1,4 +1,4 @@
-"""What the HTTP server shows: counters as Prometheus text, live, ready (`docs/operations.md` 17). Front.
+"""What the HTTP server shows: counters as Prometheus text, live, ready (`docs/operations.md` 19). Front.
 
 Everything is read when it is asked for, from the objects that have it. Processes are measured in a thread,
 and their figures kept for some seconds. The text is made a metric at a time, and the loop runs in between.
