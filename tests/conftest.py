@@ -28,6 +28,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 # A test's server must not be that of whoever runs the tests, nor speak to their service manager.
 for name in ("RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR", "NOTIFY_SOCKET", "WATCHDOG_USEC", "LISTEN_FDS"):
     os.environ.pop(name, None)
+for name in ("POOL_KEY", "POOL_SERVER_KEY"):
+    os.environ.pop(name, None)
 
 # An example's time says how busy the machine is.
 hypothesis.settings.register_profile("pool", deadline=None)

@@ -20,6 +20,7 @@ import uvloop
 from pool.config import Config
 from pool.endpoints import default_endpoint, is_loopback
 from pool.errors import ConfigError, PoolError
+from pool.front.access import check_curve
 from pool.front.activation import assign, take_sockets
 from pool.front.endpoint import Endpoint
 from pool.front.engine import Engine
@@ -218,8 +219,11 @@ def check(config: Config) -> dict[str, Any]:
     """Load every model of a config in a loader process, serve nothing, and report.
 
     Raises:
+        ConfigError: it has keys, which this libzmq cannot use.
         ModelLoadError: one cannot be loaded.
     """
+    if config.server.curve_secret_key is not None:
+        check_curve()
     return asyncio.run(_check(config))
 
 
