@@ -67,6 +67,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         log_level: Least severe line that is logged.
         awake_us: Longest the front stays awake for an event that came quickly the last time.
         metrics: `HOST:PORT` of the HTTP server for whoever watches; None for none.
+        access_log: Whether each answer to a prediction is logged.
     """
 
     endpoints: tuple[str, ...] = ()
@@ -83,6 +84,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     log_level: LogLevel = "info"
     awake_us: AwakeUs = 300.0
     metrics: str | None = None
+    access_log: bool = False
 
     @property
     def ipc_permissions(self) -> int:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pool.front.metrics import BOUNDS_S, STAGES, Histogram, ModelMetrics, quantile
+from pool.front.metrics import BOUNDS_S, STAGES, Histogram, ModelMetrics
 from pool.front.slots import Account, Slot, Ticket, Turn
 
 GAPS = st.floats(0, 1.0).map(lambda x: x**6)  # from nothing to a second, small ones mostly
@@ -116,17 +116,3 @@ def test_answers_and_restarts_are_counted_by_kind():
     metrics.restarted("hung")
     assert metrics.answers == {"OK": 4, "OVERLOADED": 1}
     assert metrics.restarts == {"hung": 1}
-
-
-@given(st.lists(st.floats(1e-5, 49.0), min_size=1, max_size=50), st.floats(0.01, 0.99))
-def test_a_quantile_lies_in_the_bucket_of_the_real_one(durations, share):
-    real = sorted(durations)[max(0, -int(-share * len(durations) // 1) - 1)]
-    found = quantile(expected(durations), share)
-    bucket = bisect_left(BOUNDS_S, real)
-    low = BOUNDS_S[bucket - 1] if bucket else 0.0
-    assert low <= found <= BOUNDS_S[bucket]
-
-
-def test_quantiles_at_the_ends():
-    assert quantile([0] * (len(BOUNDS_S) + 1), 0.5) is None
-    assert quantile(expected([1e6]), 0.5) == BOUNDS_S[-1]

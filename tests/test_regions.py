@@ -439,7 +439,9 @@ def test_a_file_that_is_no_socket_is_left_alone_and_clients_do_without(folder, c
     (folder / "s.fd").write_text("precious")
     assert listening(f"ipc://{folder}/s") is None
     assert (folder / "s.fd").read_text() == "precious"
-    assert f"{folder}/s.fd: a file that is not a socket is there" in caplog.text
+    (record,) = caplog.records
+    assert (record.message, record.fields["path"]) == ("clients cannot share memory", f"{folder}/s.fd")
+    assert record.fields["reason"] == "a file that is not a socket is there"
 
 
 def test_a_folder_where_no_file_can_be_made_means_that_clients_do_without(folder, caplog):

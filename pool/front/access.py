@@ -12,7 +12,6 @@ it asks nothing, but tells the user at the other end with each message.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from ipaddress import ip_address
 
@@ -23,9 +22,10 @@ from pool.config import SECURED, ServerConfig
 from pool.endpoints import is_loopback
 from pool.errors import ConfigError
 from pool.front.authorized_keys import AuthorizedKeys
+from pool.front.logs import Log
 from pool.keys import read_secret_key
 
-log = logging.getLogger("pool.access")
+log = Log("pool.access")
 
 _DOMAIN = b"pool"
 _ZAP_ADDRESS = "inproc://zeromq.zap.01"
@@ -132,7 +132,7 @@ class Access:
             try:
                 answer = self._judge(request)
             except Exception:
-                log.exception("cannot judge a key")
+                log.defect("cannot judge a key")
                 answer = (b"500", b"internal error", b"")
             zap.send_multipart([_ZAP_VERSION, request[1], *answer, b""])
 
@@ -144,10 +144,10 @@ class Access:
         key = z85.encode(credentials[0]).decode("ascii")
         name = self._keys.name_of(key)
         if name is None:
-            log.warning("refused a client address=%s key=%s: not authorized", address.decode(), key)
+            log.warning("refused a client: not authorized", address=address.decode(), key=key)
             self.refused += 1
             return b"400", b"not authorized", b""
-        log.debug("let a client in address=%s name=%s", address.decode(), name)
+        log.debug("let a client in", address=address.decode(), name=name)
         return b"200", b"", name.encode()
 
     # -- ipc ------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ class Access:
         # The server's own user has it in hand anyway, and reloads it by asking it.
         if allowed is None or uid in allowed or uid == os.geteuid():
             return True
-        log.warning("refused a client uid=%d: not in ipc_uids", uid)
+        log.warning("refused a client: not in ipc_uids", uid=uid)
         self.refused += 1
         return False
 

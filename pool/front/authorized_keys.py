@@ -7,14 +7,14 @@ tell; whoever knows of that makes another `AuthorizedKeys`.
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 
 from pool.errors import ConfigError
+from pool.front.logs import Log
 from pool.keys import PUBLIC_SUFFIX, read_public_key
 
-log = logging.getLogger("pool.access")
+log = Log("pool.access")
 
 # Kernels stamp files by a clock of some milliseconds a tick, and file servers have clocks of their own: what
 # was read this soon after a change may have another one behind it that the stamp does not show.
@@ -78,5 +78,5 @@ class AuthorizedKeys:
     def _tell(self, faults: set[str]) -> None:
         """Log what is wrong, once."""
         for fault in sorted(faults - self._faults):
-            log.error("authorized_keys: %s", fault)
+            log.error("authorized_keys", reason=fault)
         self._faults = faults

@@ -44,7 +44,16 @@ class Change(NamedTuple):
 
 # What is read anew each time it is needed, or can be put where it is kept.
 _SERVER_IN_PLACE = frozenset(
-    {"authorized_keys", "awake_us", "drain_timeout_s", "insecure", "ipc_uids", "log_level", "start_timeout_s"}
+    {
+        "access_log",
+        "authorized_keys",
+        "awake_us",
+        "drain_timeout_s",
+        "insecure",
+        "ipc_uids",
+        "log_level",
+        "start_timeout_s",
+    }
 )
 _MODEL_IN_PLACE = frozenset(
     {

@@ -11,7 +11,6 @@ that neither workers nor timers wait behind a flood (zmq_getsockopt(3), ZMQ_FD).
 from __future__ import annotations
 
 import asyncio
-import logging
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +30,7 @@ from pool.front.connections import Connections
 from pool.front.engine import Engine
 from pool.front.gate import Gate
 from pool.front.generation import Generation
+from pool.front.logs import Log
 from pool.front.metrics import ModelMetrics
 from pool.front.outbound import MARK_BYTES, Outbound, Refusal
 from pool.front.questions import Questions
@@ -40,7 +40,7 @@ from pool.front.slots import LANES, Ticket
 from pool.front.withdrawing import withdraw
 from pool.wire import FIXED_BYTES, HEAD, HEAD_BYTES, Flag, Header, Kind, PredictMeta
 
-log = logging.getLogger("pool.endpoint")
+log = Log("pool.endpoint")
 
 # Messages a turn of the loop. 256 take about 1 ms: the most a worker's answer waits for the front.
 _DRAIN_MAX = 256
@@ -208,7 +208,7 @@ class Endpoint:
             self._receive()
         except Exception:
             # What is left of a message must not be taken for another; and nothing else may call again.
-            log.exception("cannot handle a message")
+            log.defect("cannot handle a message")
             self._skip_frames()
             self._again()
         if self._cancelled or self._clients.gone:
@@ -404,7 +404,7 @@ class Endpoint:
         except PoolError as e:
             self._outbound.refuse(client, decoded.id, e, self._metrics_of(decoded))
         except Exception as e:
-            log.exception("cannot handle a message")
+            log.defect("cannot handle a message")
             defect = InternalError(f"{type(e).__name__} while handling the request")
             self._outbound.refuse(client, decoded.id, defect, self._metrics_of(decoded))
         return 0

@@ -8,7 +8,6 @@ each generation at work is a `pool.front.serving.Serving`. It has no sockets to 
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +22,7 @@ from pool.errors import ModelNotFound, PoolError, Unavailable, VersionNotFound
 from pool.front.awake import Awake, Event
 from pool.front.generation import Generation
 from pool.front.heartbeat import Batch, Vitals
+from pool.front.logs import Log
 from pool.front.metrics import ModelMetrics
 from pool.front.processes import Member
 from pool.front.route import Route
@@ -33,7 +33,7 @@ from pool.front.status import read_status
 from pool.front.supervisor import Supervisor
 from pool.wire import PredictMeta
 
-log = logging.getLogger("pool.engine")
+log = Log("pool.engine")
 
 
 class ServedModel:
@@ -52,7 +52,7 @@ class ServedModel:
         self.serving: Serving | None = None
         self.state = "loading"
         self.failure = ""
-        self.metrics = ModelMetrics()
+        self.metrics = ModelMetrics(name)
 
 
 class Engine:
@@ -167,16 +167,21 @@ class Engine:
             self._retire(old)
         generation, report = serving.generation, serving.generation.report
         log.info(
-            "model ready model=%s version=%d workers=%d slots=%d arena_mb=%.1f weights_mb=%.1f shared=%s",
-            name, report.version, generation.config.workers, len(generation.arena.slots),
-            generation.arena.size_bytes / 1e6, report.weights_bytes / 1e6, report.weights_shared,
-        )  # fmt: skip
+            "model ready",
+            model=name,
+            version=report.version,
+            workers=generation.config.workers,
+            slots=len(generation.arena.slots),
+            arena_bytes=generation.arena.size_bytes,
+            weights_bytes=report.weights_bytes,
+            weights_shared=report.weights_shared,
+        )
 
     def remove(self, name: str) -> None:
         """Serve a model no more; it finishes what it admitted."""
         model = self.models.pop(name)
         self.on_unserved()
-        log.info("model removed model=%s", name)
+        log.info("model removed", model=name)
         if model.serving is not None:
             self._retire(model.serving)
 
@@ -342,7 +347,7 @@ class Engine:
         model = self.models.get(name)
         if model is not None and model.serving is serving:
             model.state, model.failure = "failed", failure
-            log.error("model failed model=%s reason=%s", name, failure)
+            log.error("model failed", model=name, reason=failure)
             self.on_unserved()
         sentence = f"model {name!r} is failed: {failure}"
         serving.drop_waiting(lambda: Unavailable(sentence))

@@ -7,12 +7,13 @@ whose file bears another name is found by nobody new, and those who are connecte
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from contextlib import suppress
 
-log = logging.getLogger("pool.endpoint")
+from pool.front.logs import Log
+
+log = Log("pool.endpoint")
 
 # Descriptors left when the gate closes, a quarter of all within these: up to 100 connections wait in the
 # listener's queue by then, more come during a turn of the loop, and processes that are started need some.
@@ -56,7 +57,7 @@ class Gate:
         """A connection has this descriptor: the kernel gives the lowest, so that many are taken."""
         if self.is_open and fd >= self._closes_at:
             self.is_open = False
-            log.warning("no more local connections are taken: file descriptor %d is in use", fd)
+            log.warning("no more local connections are taken", descriptors_up_to=fd)
             for path in self._paths:
                 with suppress(OSError):
                     os.rename(path, path + _HIDDEN)

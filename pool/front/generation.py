@@ -64,7 +64,7 @@ class Generation:
         self.model = model
         self.config = config
         self.report = report
-        self.metrics = metrics or ModelMetrics()
+        self.metrics = metrics or ModelMetrics(model)
         self.version = report.version
         self.signatures = {signature.name: signature for signature in report.signatures}
         slots, slot_bytes = plan_arena(config, report)

@@ -9,16 +9,16 @@ and a blocked loop is found out by what it does not say. Without a manager there
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Iterable
 from math import inf
 from typing import NamedTuple, Protocol
 
 from pool.front import notify
+from pool.front.logs import Log
 from pool.front.notify import Notifier
 
-log = logging.getLogger("pool.heartbeat")
+log = Log("pool.heartbeat")
 
 _BEAT_S = 1.0
 _STATUS_S = 0.99  # a timer may fire a little early
@@ -206,7 +206,7 @@ class Heartbeat:
         now = self._clock()
         trouble = self._watchdog.trouble(now, self._heart.running())
         if trouble and not self._trouble:
-            log.error("the watchdog is fed no more: %s", trouble)
+            log.error("the watchdog is fed no more", reason=trouble)
         self._trouble = trouble
         lines = list(self._owed)
         if self._phase in ("starting", "reloading", "stopping"):

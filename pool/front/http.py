@@ -8,13 +8,13 @@ which the one that has waited longest makes room for a new one.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from pool.errors import ConfigError
+from pool.front.logs import Log
 
-log = logging.getLogger("pool.http")
+log = Log("pool.http")
 
 _REQUEST_BYTES = 8_192
 _CONNECTIONS = 32
@@ -165,7 +165,7 @@ class HttpServer:
         try:
             return await self._page(request.path)
         except Exception:
-            log.exception("cannot make the page %s", request.path)
+            log.defect("cannot make the page", path=request.path)
             return Answer(500, b"")
 
 

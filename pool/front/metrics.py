@@ -77,35 +77,19 @@ class Histogram:
             if begin < end:
                 longest = now - since(tickets[begin])
 
-    def quantile(self, share: float) -> float | None:
-        """The duration that `share` of all do not exceed, evenly spread within a bucket; None if empty."""
-        return quantile(self.counts, share)
-
     def describe(self) -> dict[str, Any]:
         """For the status document."""
         return {"counts": list(self.counts), "sum_s": self.sum_s}
 
 
-def quantile(counts: Sequence[int], share: float) -> float | None:
-    """As `Histogram.quantile`, of counts alone."""
-    total = sum(counts)
-    if not total:
-        return None
-    wanted = share * total
-    seen = 0
-    for bucket, count in enumerate(counts):
-        if count and seen + count >= wanted:
-            low = BOUNDS_S[bucket - 1] if bucket else 0.0
-            high = BOUNDS_S[min(bucket, len(BOUNDS_S) - 1)]
-            return low + (high - low) * (wanted - seen) / count
-        seen += count
-    return BOUNDS_S[-1]
-
-
 class ModelMetrics:
     """What is counted of one model, over all its generations.
 
+    Args:
+        model: Its name; empty for what is of none.
+
     Attributes:
+        model: As above.
         batches: Batches run.
         rows: Rows of those.
         batch_sizes: Batches run, by rows.
@@ -115,7 +99,8 @@ class ModelMetrics:
         restarts: Workers started again by why the one before ended (`End.cause`), or `replaced`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: str = "") -> None:
+        self.model = model
         self.batches = 0
         self.rows = 0
         self.batch_sizes: dict[int, int] = {}

@@ -6,14 +6,14 @@ that is not set nobody listens, and everything here does nothing.
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 from collections.abc import MutableMapping
 
 from pool.errors import ConfigError
+from pool.front.logs import Log
 
-log = logging.getLogger("pool.notify")
+log = Log("pool.notify")
 
 READY = "READY=1"
 STOPPING = "STOPPING=1"
@@ -93,7 +93,7 @@ class Notifier:
             self._socket.sendto("\n".join(lines).encode(), self._address)
         except OSError as e:  # its queue is full, or it is being restarted
             if not self._is_deaf:
-                log.warning("the service manager takes no notification: %s", e.strerror)
+                log.warning("the service manager takes no notification", reason=e.strerror)
             self._is_deaf = True
             return False
         self._is_deaf = False

@@ -8,6 +8,7 @@ has left. Beyond `max_unread_bytes` replies are dropped, until some have been re
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,9 +18,12 @@ import zmq
 
 from pool import wire
 from pool.errors import PoolError
+from pool.front import logs
 from pool.front.clients import Client, Clients
+from pool.front.discretion import discreet
 from pool.front.engine import Engine
 from pool.front.generation import Generation
+from pool.front.logs import Log
 from pool.front.metrics import ModelMetrics
 from pool.front.outbox import Outbox, Tracker
 from pool.front.replies import Reply
@@ -52,6 +56,9 @@ _ERROR = wire.head(Kind.ERROR)
 _ERROR_BUNDLE = wire.head(Kind.ERROR, Flag.BUNDLE)
 
 
+access = Log(logs.ACCESS)
+
+
 class Refusal:
     """An error that many requests are answered with, encoded once.
 
@@ -68,7 +75,8 @@ class Refusal:
         self.code = error.code
         self.metrics = metrics
         self.millis = error.retry_after_ms or 0
-        self.meta = wire.encode_error_meta(error)
+        sentence = discreet(error.code, error.message[: 2 * wire.MAX_MESSAGE_CHARS])
+        self.meta = wire.encode_error_meta(type(error)(sentence))
 
 
 class Outbound:
@@ -118,6 +126,8 @@ class Outbound:
         """Send rows of a finished slot, each ticket's in a message."""
         generation = tickets[0].route.generation
         generation.metrics.answered("OK", len(tickets))
+        if not access.is_off:
+            _log_results(tickets, slot)
         numeric, reply_row_bytes = reply.numeric, reply.row_bytes
         head, meta, pack = reply.head, reply.meta, HEAD.pack
         if numeric is None:
@@ -161,6 +171,8 @@ class Outbound:
         table = b"".join([pack(ticket.id, 0, ticket.rows) for ticket in tickets])
         generation = first.route.generation
         generation.metrics.answered("OK", len(tickets))
+        if not access.is_off:
+            _log_results(tickets, slot)
         self._send_rows(
             first.client, header, [table], len(tickets), generation, reply, slot, first.start, rows
         )
@@ -168,6 +180,8 @@ class Outbound:
     def send_frames(self, ticket: Ticket, reply: Reply, frames: list[bytes]) -> None:
         """Send a result joined from several batches."""
         ticket.route.generation.metrics.answered("OK")
+        if not access.is_off:
+            _log_results([ticket], None)
         header = Header(Kind.RESULT, ticket.id, reply.meta, rows=ticket.rows, flags=reply.flags)
         self._send_message(ticket.client, wire.encode_header(header), frames)
 
@@ -221,6 +235,8 @@ class Outbound:
     def refuse_alike(self, client: Client, id_: int, refusal: Refusal) -> None:
         """Send an error that is encoded already."""
         self._count(refusal, 1)
+        if not access.is_off:
+            self._log_refusal(client, (id_,), refusal)
         self._send_message(client, HEAD.pack(_ERROR, id_, refusal.millis, 0) + refusal.meta, ())
 
     def refuse_bundled(
@@ -232,8 +248,23 @@ class Outbound:
             return
         refusal = Refusal(error, metrics)
         self._count(refusal, len(ids))
+        if not access.is_off:
+            self._log_refusal(client, ids, refusal)
         header = HEAD.pack(_ERROR_BUNDLE, 0, refusal.millis, 0) + refusal.meta
         self._send_message(client, header, [wire.encode_ids(ids)], len(ids))
+
+    @staticmethod
+    def _log_refusal(client: Client, ids: Sequence[int], refusal: Refusal) -> None:
+        if refusal.metrics is None:
+            return
+        for id_ in ids:
+            access.info(
+                "request",
+                model=refusal.metrics.model,
+                code=refusal.code,
+                client=client.identity.hex(),
+                id=id_,
+            )
 
     def _count(self, refusal: Refusal, replies: int) -> None:
         self.errors[refusal.code] = self.errors.get(refusal.code, 0) + replies
@@ -321,3 +352,21 @@ class Outbound:
             raise e
         self.dropped += replies
         self._on_sent()
+
+
+def _log_results(tickets: Sequence[Ticket], slot: Slot | None) -> None:
+    """A line for each result: of what was split over batches (no `slot`), only when it came and its rows."""
+    now = time.monotonic()
+    for ticket in tickets:
+        started = ticket.turn.started
+        access.info(
+            "request",
+            model=ticket.route.generation.model,
+            code="OK",
+            client=ticket.client.identity.hex(),
+            id=ticket.id,
+            rows=ticket.rows,
+            total_ms=(now - started) * 1e3,
+            waited_ms=None if slot is None else (slot.dispatched_at - started) * 1e3,
+            batch_rows=None if slot is None else slot.rows,
+        )

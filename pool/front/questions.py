@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +11,11 @@ from pool.config import ServerConfig
 from pool.errors import InternalError, WireError
 from pool.front.clients import Client
 from pool.front.engine import Engine
+from pool.front.logs import Log
 from pool.front.outbound import Outbound
 from pool.wire import Header, Kind, SignatureMeta
 
-log = logging.getLogger("pool.endpoint")
+log = Log("pool.endpoint")
 
 
 class Questions:
@@ -86,7 +86,7 @@ class Questions:
             if not self._is_closed:
                 self._outbound.inform(client, id_, document)
         except Exception as e:  # such as file descriptors used up: whoever asks is to hear of it
-            log.exception("cannot tell the status")
+            log.defect("cannot tell the status")
             if not self._is_closed:
                 self._outbound.refuse(
                     client, id_, InternalError(f"the status cannot be read: {type(e).__name__}: {e}"), None

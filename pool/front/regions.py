@@ -25,7 +25,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import fcntl
-import logging
 import mmap
 import os
 import secrets
@@ -38,10 +37,11 @@ from contextlib import suppress
 from pool import wire
 from pool.endpoints import region_path
 from pool.errors import InvalidInput, PoolError, TooLarge, Unavailable, WireError
+from pool.front.logs import Log
 from pool.shm.arena import InputRegion
 from pool.wire import Flag, Header
 
-log = logging.getLogger("pool.regions")
+log = Log("pool.regions")
 
 # Connections. Each has two descriptors (the socket's, the map's), so all take a quarter of the 1,024 that a
 # process has unless told otherwise. Whoever gets none sends its tensors in its messages.
@@ -119,7 +119,7 @@ class Regions:
             listener.listen(_BACKLOG)  # nobody can connect before the permissions hold
             self._loop.add_reader(listener.fileno(), self._accept, listener)
         except OSError as e:
-            log.warning("clients at %s cannot share memory: %s: %s", endpoint, path, e.strerror)
+            log.warning("clients cannot share memory", endpoint=endpoint, path=path, reason=e.strerror)
             if path not in self._listeners:
                 listener.close()
 
@@ -192,7 +192,7 @@ class Regions:
             # Without descriptors the listener would stay readable, and the loop awake for nothing.
             if e.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 raise
-            log.warning("cannot take a region: %s", e.strerror)
+            log.warning("cannot take a region", reason=e.strerror)
             self._loop.remove_reader(listener.fileno())
             self._loop.call_later(_PAUSE_S, self._listen_again, listener)
             return
@@ -203,7 +203,7 @@ class Regions:
             return
         self._peers.add(peer)
         self._loop.add_reader(sock.fileno(), self._on_readable, peer)
-        log.debug("connection pid=%d uid=%d", peer.pid, peer.uid)
+        log.debug("connection", pid=peer.pid, uid=peer.uid)
 
     def _listen_again(self, listener: socket.socket) -> None:
         if listener.fileno() >= 0:
@@ -227,7 +227,7 @@ class Regions:
         except BlockingIOError:
             pass
         except PoolError as e:
-            log.debug("no region for pid=%d uid=%d: %s", peer.pid, peer.uid, e.message)
+            log.debug("no region", pid=peer.pid, uid=peer.uid, reason=e.message)
             with suppress(OSError):
                 peer.sock.send(wire.encode_error(0, e))
             self._drop(peer)

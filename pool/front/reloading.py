@@ -8,19 +8,20 @@ switched in one turn of the loop. What was admitted before is finished where it 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
 
 import msgspec
 
 from pool.config import Config, load_config
 from pool.errors import ConfigError, PoolError
+from pool.front import logs
 from pool.front.changes import Change, Cost, compare, of_model
 from pool.front.engine import Engine
+from pool.front.logs import Log
 from pool.front.serving import Serving
 from pool.front.versions import newer_versions
 
-log = logging.getLogger("pool.reloading")
+log = Log("pool.reloading")
 
 
 async def reload(engine: Engine, config: Config) -> list[Change]:
@@ -109,19 +110,19 @@ class Reloads:
         while self._is_asked and not self._engine.is_draining:
             self._is_asked = False
             self._tell(True)
-            log.info("reloading file=%s", self.path)
+            log.info("reloading", file=self.path)
             try:
                 config = await self._loop.run_in_executor(None, load_config, self.path)
                 self.changes = await reload(self._engine, config)
             except PoolError as e:
                 self.changes, self.error = [], e.message
-                log.error("reload refused, nothing was changed: %s", e.message)
+                log.error("reload refused, nothing was changed", reason=e.message)
             else:
                 self.error = ""
-                logging.getLogger().setLevel(config.server.log_level.upper())
+                logs.apply(config.server.log_level, config.server.access_log)
                 for change in self.changes:
-                    log.info("changed %s", change)
-                log.info("reloaded changes=%d", len(self.changes))
+                    log.info("changed", key=change.key, change=str(change))
+                log.info("reloaded", changes=len(self.changes))
             self.count += 1
             self._tell(False)
         self._task = None

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import os
 import random
 import socket
@@ -22,6 +21,7 @@ from typing import Any, Protocol
 
 from pool.errors import ModelLoadError, PoolError
 from pool.front.generation import Generation
+from pool.front.logs import Log
 from pool.front.slots import Slot
 from pool.front.states import WorkerEvent, WorkerState
 from pool.front.supervisor import Supervisor, place_worker
@@ -30,7 +30,7 @@ from pool.front.zygotes import Child
 from pool.shm import control, doorbell
 from pool.shm.doorbell import Message, Ring
 
-log = logging.getLogger("pool.replicas")
+log = Log("pool.replicas")
 
 # A worker that dies this many times in a row before it was ready is given up: it cannot serve, and
 # starting it for ever only burns the cores of those that can. Deaths in a batch do not count: the worker
@@ -182,10 +182,7 @@ class Replicas:
 
     def _is_ready(self, worker: Worker) -> None:
         worker.ready_s = time.monotonic() - worker.started_at
-        log.info(
-            "worker ready model=%s worker=%d role=%s pid=%d took_s=%.3f",
-            self._generation.model, worker.index, worker.role, worker.pid or 0, worker.ready_s,
-        )  # fmt: skip
+        log.info("worker ready", **self._who(worker), pid=worker.pid, took_s=worker.ready_s)
         if worker.state is not WorkerState.STARTING:
             return
         worker.move(WorkerEvent.LOAD)
@@ -195,6 +192,10 @@ class Replicas:
         started = (WorkerState.READY, WorkerState.BUSY)
         if not self._all_ready.done() and all(w.state in started for w in self.workers):
             self._all_ready.set_result(None)
+
+    def _who(self, worker: Worker) -> dict[str, Any]:
+        """The fields by which the log names a worker."""
+        return {"model": self._generation.model, "worker": worker.index, "role": worker.role}
 
     def _check_started(self, worker: Worker, child: Child) -> None:
         if worker.child is child and worker.state is WorkerState.STARTING and not child.ended.done():
@@ -240,7 +241,7 @@ class Replicas:
         if worker.failures >= CRASH_LOOP_LIMIT and is_hopeless:
             worker.last_error = worker.last_error or end.how
             worker.move(WorkerEvent.GIVE_UP)
-            after = "given up"
+            restart_in_s = None
             if not self._all_ready.done():
                 self._all_ready.set_exception(
                     ModelLoadError(f"model {self._generation.model!r}: worker: {worker.last_error}")
@@ -250,12 +251,18 @@ class Replicas:
             worker.move(WorkerEvent.EXIT)
             pause = backoff_s(worker.failures, random.random())
             self._loop.call_later(pause, self._retry, worker)
-            after = f"restart_in_s={pause:.2f}"
+            restart_in_s = pause
         log.error(
-            "worker lost model=%s worker=%d role=%s pid=%s how=%r batch_rows=%d %s%s",
-            self._generation.model, worker.index, worker.role, child.pid if child else None, end.how,
-            slot.rows if slot else 0, after, "".join(f"\n    {line}" for line in lines),
-        )  # fmt: skip
+            "worker lost",
+            **self._who(worker),
+            pid=child.pid if child else None,
+            how=end.how,
+            cause=end.cause,
+            batch_rows=slot.rows if slot else 0,
+            restart_in_s=restart_in_s,
+            is_given_up=worker.state is WorkerState.FAILED,
+            last_words="\n".join(lines) or None,
+        )
         self._listener.worker_ended(worker, slot, end)
         if worker.state is WorkerState.FAILED:
             self._forget(worker)
@@ -289,7 +296,7 @@ class Replicas:
         try:
             doorbell.ring(worker.bell, message)
         except OSError as e:  # it is dying: its end is about to be seen, and the slot recovered then
-            log.warning("doorbell of worker %d does not ring: %s", worker.index, e.strerror)
+            log.warning("doorbell does not ring", **self._who(worker), reason=e.strerror)
 
     def finished(self, worker: Worker, now: float) -> None:
         """The worker answered for its slot; it can take another if it is READY now."""
@@ -314,10 +321,7 @@ class Replicas:
         """Start a successor for a serving worker, which leaves when that is ready."""
         if worker.index in self._successors or self._is_stopping:
             return
-        log.info(
-            "worker to be replaced model=%s worker=%d pid=%s reason=%r",
-            self._generation.model, worker.index, worker.pid, reason,
-        )  # fmt: skip
+        log.info("worker to be replaced", **self._who(worker), pid=worker.pid, reason=reason)
         successor = self._successors[worker.index] = self._make(worker.index, "successor")
         self._restart(successor)
 

@@ -6,11 +6,9 @@ import asyncio
 import ctypes
 import faulthandler
 import gc
-import logging
 import os
 import resource
 import signal
-import sys
 import time
 from typing import Any
 
@@ -20,19 +18,21 @@ import uvloop
 from pool.config import Config
 from pool.endpoints import default_endpoint, is_loopback
 from pool.errors import ConfigError, PoolError
+from pool.front import logs
 from pool.front.access import check_curve
 from pool.front.activation import assign, take_sockets
 from pool.front.endpoint import Endpoint
 from pool.front.engine import Engine
 from pool.front.heartbeat import Heartbeat
 from pool.front.http import HttpServer
+from pool.front.logs import Log
 from pool.front.notify import Notifier, status
 from pool.front.reloading import Reloads
 from pool.front.sizing import plan_arena
 from pool.front.status import describe_report
 from pool.front.supervisor import Supervisor
 
-log = logging.getLogger("pool")
+log = Log("pool")
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 
@@ -51,11 +51,8 @@ def serve(config: Config, path: str) -> int:
     Raises:
         ConfigError: the service manager handed over what cannot be served.
     """
-    logging.basicConfig(
-        level=config.server.log_level.upper(),
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-    )
+    recent = logs.start(os.environ)
+    logs.apply(config.server.log_level, config.server.access_log)
     # What blocks the loop is in the traceback that the service manager's SIGABRT leaves in the log.
     faulthandler.enable()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
@@ -66,7 +63,7 @@ def serve(config: Config, path: str) -> int:
     assigned = assign(take_sockets(os.environ), config.server.endpoints)
 
     async def run() -> int:
-        return await Front(config, os.path.abspath(path), notifier, assigned).run()
+        return await Front(config, os.path.abspath(path), notifier, assigned, recent).run()
 
     try:
         return uvloop.run(run())
@@ -104,9 +101,13 @@ class Front:
         path: The file it is from.
         notifier: To the service manager.
         assigned: Sockets that it handed over, by endpoint.
+        recent: The last warnings and errors.
     """
 
-    def __init__(self, config: Config, path: str, notifier: Notifier, assigned: dict[str, int]) -> None:
+    def __init__(
+        self, config: Config, path: str, notifier: Notifier, assigned: dict[str, int], recent: logs.Recent
+    ) -> None:
+        self._recent = recent
         self._loop = asyncio.get_running_loop()
         self._notifier = notifier
         self._engine = Engine(config)
@@ -128,7 +129,7 @@ class Front:
         try:
             self._heartbeat.start()
             self._endpoint.open()
-            log.info("listening %s", " ".join(self._endpoint.endpoints))
+            log.info("listening", endpoints=self._endpoint.endpoints)
             address = self._engine.config.server.metrics
             if address is not None:
                 await self._watch(address)
@@ -136,10 +137,10 @@ class Front:
             code = await self._serve(starting)
         except ConfigError as e:
             code, failure = EXIT_CONFIG, e.message
-            log.error("%s", failure)
+            log.error("cannot serve", code=e.code, reason=e.message)
         except PoolError as e:
             code, failure = EXIT_FAILED, f"{e.code}: {e.message}"
-            log.error("%s", failure)
+            log.error("cannot serve", code=e.code, reason=e.message)
         finally:
             self._heartbeat.stopping()
             if starting is not None and not starting.done():
@@ -153,7 +154,7 @@ class Front:
             self._heartbeat.close()
         if failure:  # the last word, which `systemctl status` keeps
             self._notifier.send(status(failure))
-        log.info("stopped exit_code=%d", code)
+        log.info("stopped", exit_code=code)
         return code
 
     async def _watch(self, address: str) -> None:
@@ -162,9 +163,9 @@ class Front:
 
         self._http = HttpServer(address, Exposition(self._engine, self._endpoint.describe).page)
         await self._http.open()
-        log.info("metrics at=%s", self._http.address)
+        log.info("metrics", at=self._http.address)
         if not is_loopback(address):
-            log.warning("metrics are open to all who reach it at=%s", self._http.address)
+            log.warning("metrics are open to all who reach their port", at=self._http.address)
 
     def _stop(self) -> None:
         self._stops += 1
@@ -182,6 +183,7 @@ class Front:
         address = "" if self._http is None else self._http.address
         return {
             "metrics": address,
+            "last_errors": self._recent.describe(),
             "reload": self._reloads.describe(),
             "config": msgspec.to_builtins(self._engine.config),
         }
@@ -195,7 +197,7 @@ class Front:
                 # What exists now lives as long as the process: no collection need walk it again.
                 gc.collect()
                 gc.freeze()
-                log.info("ready models=%s", ",".join(self._engine.models))
+                log.info("ready", models=tuple(self._engine.models))
                 self._heartbeat.ready()
                 self._loop.add_signal_handler(signal.SIGHUP, self._reloads.ask)
                 await stop
@@ -205,7 +207,7 @@ class Front:
         return await self._drain(self._engine.config.server.drain_timeout_s)
 
     async def _drain(self, timeout_s: float) -> int:
-        log.info("draining timeout_s=%g", timeout_s)
+        log.info("draining", timeout_s=timeout_s)
         drain = self._loop.create_task(self._engine.drain(timeout_s))
         hurry = self._loop.create_task(self._hurrying.wait())
         await asyncio.wait([drain, hurry], return_when=asyncio.FIRST_COMPLETED)

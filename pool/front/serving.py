@@ -6,7 +6,6 @@ The engine owns it, and hears of it what concerns the whole (`Host`).
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 import weakref
 from collections.abc import Callable, Iterable
@@ -26,6 +25,7 @@ from pool.errors import (
 )
 from pool.front.awake import Event
 from pool.front.generation import Generation
+from pool.front.logs import Log
 from pool.front.replicas import Replicas
 from pool.front.replies import Sink
 from pool.front.route import Route
@@ -36,7 +36,7 @@ from pool.front.trials import Trials
 from pool.front.workers import End, Worker
 from pool.shm.doorbell import Message, Ring
 
-log = logging.getLogger("pool.serving")
+log = Log("pool.serving")
 
 
 class Host(Protocol):
@@ -163,7 +163,7 @@ class Serving:
         slot = worker.slot
         if slot is None or slot.index != message.slot or slot.generation != message.generation:
             model = self.generation.model
-            log.error("stale answer model=%s worker=%d slot=%d", model, worker.index, message.slot)
+            log.error("stale answer", model=model, worker=worker.index, slot=message.slot)
             return
         now = time.monotonic()
         tickets = self._batcher.finish(slot, now)
@@ -197,7 +197,9 @@ class Serving:
             places = self.generation.arena.read_run_record(slot.index)[2]
             replies = {route: self.generation.reply_for(route, places) for route, _ in groups}
         except InternalError as e:
-            refuse(tickets, e)
+            model = self.generation.model
+            log.error("answer not valid", model=model, worker=slot.worker, reason=e.message)
+            refuse(tickets, InternalError(f"model {model!r} gave an answer that cannot be read"))
             return
         for (route, sink), group in groups.items():
             for ticket in group:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 
 from pool.config import ModelConfig, Placement, placement
 from pool.errors import ModelLoadError, PoolError
+from pool.front.logs import Log
 from pool.front.zygotes import Lifeline, Zygote, describe_exit
 from pool.shm import control, weights
 
-log = logging.getLogger("pool.supervisor")
+log = Log("pool.supervisor")
 
 
 class Supervisor:
@@ -49,7 +49,7 @@ class Supervisor:
         self.zygotes[backend] = zygote
         self.lost.setdefault(backend, 0)
         took = self._loop.time() - started
-        log.info("zygote started backend=%s pid=%d took_s=%.2f", backend, zygote.pid or 0, took)
+        log.info("zygote started", backend=backend, pid=zygote.pid, took_s=took)
         return zygote
 
     def _zygote_lost(self, zygote: Zygote, how: str) -> None:
@@ -58,7 +58,7 @@ class Supervisor:
         self._starting.pop(zygote.backend, None)
         if not self._is_stopping:
             self.lost[zygote.backend] += 1
-            log.error("zygote lost backend=%s pid=%s how=%s", zygote.backend, zygote.pid, how)
+            log.error("zygote lost", backend=zygote.backend, pid=zygote.pid, how=how)
             self._starting[zygote.backend] = asyncio.ensure_future(self._start_zygote(zygote.backend))
 
     async def load(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
-import logging
 import os
 import signal
 import socket
@@ -18,9 +17,10 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from pool.errors import ModelLoadError, Unavailable
+from pool.front.logs import Log
 from pool.shm import control
 
-log = logging.getLogger("pool.zygotes")
+log = Log("pool.zygotes")
 
 UNKNOWN_EXIT = -256  # the zygote died before it could tell how its child ended; no signal has this number
 
@@ -203,7 +203,7 @@ class Zygote:
     def _give_up(self, reason: str) -> None:
         """The process is hung or stopped: another takes its place."""
         if self._sock is not None and self._process is not None:
-            log.error("zygote hangs backend=%s pid=%d reason=%s", self.backend, self._process.pid, reason)
+            log.error("zygote hangs", backend=self.backend, pid=self._process.pid, reason=reason)
             self._process.kill()
 
     async def stop(self) -> None:
