@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from pool.client.aio import AsyncClient
     from pool.client.retry import Retry
     from pool.client.sync import Client
+    from pool.embedded.pool import Pool
+    from pool.predictor import Predictor
 
 __version__ = "0.1.0"
 
@@ -54,7 +56,9 @@ __all__ = [
     "ModelLoadError",
     "ModelNotFound",
     "Overloaded",
+    "Pool",
     "PoolError",
+    "Predictor",
     "ProtocolVersionError",
     "Retry",
     "SignatureNotFound",
@@ -69,6 +73,8 @@ __all__ = [
 _LAZY = {
     "AsyncClient": "pool.client.aio",
     "Client": "pool.client.sync",
+    "Pool": "pool.embedded.pool",
+    "Predictor": "pool.predictor",
     "Retry": "pool.client.retry",
 }
 

@@ -116,7 +116,7 @@ def test_an_application_embeds_it():
         assert root["workers"][0]["pss_bytes"] > 0
 
         unserved = []
-        engine.on_unserved = lambda: unserved.append(True)
+        engine.on_unserved.append(lambda: unserved.append(True))
         assert await engine.drain(0.0)  # nothing is admitted: nothing to wait for
         assert unserved
         with pytest.raises(Unavailable, match="the server is stopping"):

@@ -39,6 +39,10 @@ def run(args: argparse.Namespace) -> int:
     """
     with connect(args) as client:
         front = client.status()["front"]
+        if "reload" not in front:
+            raise ConfigError(
+                f"process {front['pid']} is an application that embeds its pool; only it can reload that"
+            )
         path = front["reload"]["file"]
         if not os.path.exists(f"/proc/{front['pid']}"):
             raise ConfigError(f"the server is process {front['pid']} of another machine; reload it there")

@@ -18,9 +18,10 @@ from pool.client.exchange import Exchange
 from pool.client.reply import read_flag, read_models
 from pool.client.retry import Attempts, Retry
 from pool.errors import DeadlineExceeded, PoolError, Unavailable
+from pool.predictor import Predictor
 
 
-class AsyncClient:
+class AsyncClient(Predictor):
     """An asyncio client of a pool server. Any number of tasks of one loop may share one.
 
     Args:

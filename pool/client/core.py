@@ -153,12 +153,10 @@ class ClientCore(ReplyDecoder):
             After either, the model's signature is forgotten, in case it was replaced on the server.
         """
         if outputs is not None and type(outputs) is not tuple:
-            if isinstance(outputs, str):
-                raise InvalidInput(f"outputs is the str {outputs!r}; wanted a list of names")
-            outputs = tuple(outputs)
+            outputs = output_names(outputs)
         route = self._routes.get((model, version, signature, outputs))
         if route is None:
-            route = self._make_route(model, version, signature, outputs)
+            route = self.route(model, version, signature, outputs)
             if route is None:
                 return None
         array = inputs
@@ -168,7 +166,7 @@ class ClientCore(ReplyDecoder):
             shape = array.shape
             meta = route.metas.get(shape[1:])
             if meta is not None and shape and shape[0] <= route.max_rows and array.nbytes <= COPY_BYTES:
-                head = _PREDICT_HEAD if priority is None else _priority_head(priority)
+                head = _PREDICT_HEAD if priority is None else _PRIORITY_HEADS[check_priority(priority)]
                 id_ = next(self._ids)
                 return id_, [_pack(head, id_, timeout_ms, shape[0]) + meta, array.tobytes()]
         allowed = self._cast if cast is None else check_cast(cast)
@@ -179,7 +177,7 @@ class ClientCore(ReplyDecoder):
             raise
         if route.is_joinable:
             remember(self._joinable, meta, min(_BUNDLE_BYTES, route.max_frame_bytes))
-        head = _PREDICT_HEAD if priority is None else _priority_head(priority)
+        head = _PREDICT_HEAD if priority is None else _PRIORITY_HEADS[check_priority(priority)]
         id_ = next(self._ids)
         return id_, [_pack(head, id_, timeout_ms, rows) + meta, *frames]
 
@@ -287,9 +285,14 @@ class ClientCore(ReplyDecoder):
         if isinstance(error, (InvalidInput, ModelNotFound, VersionNotFound, SignatureNotFound)):
             self.forget(model)
 
-    def _make_route(
+    def route(
         self, model: str, version: int | None, signature: str | None, outputs: tuple[str, ...] | None
     ) -> Route | None:
+        """How such calls are checked and encoded; None if the model's signature has to be learnt first.
+
+        Raises:
+            InvalidInput: the outputs are not the signature's; SignatureNotFound: there is no such signature.
+        """
         info = self._infos.get((model, version))
         if info is None:
             return None
@@ -304,12 +307,28 @@ class ClientCore(ReplyDecoder):
         return route
 
 
-def _priority_head(priority: int) -> bytes:
+def output_names(outputs: Sequence[str]) -> tuple[str, ...]:
+    """Names of outputs, in a form that caches can be looked up by.
+
+    Raises:
+        InvalidInput: it is one name, not several.
+    """
+    if isinstance(outputs, str):
+        raise InvalidInput(f"outputs is the str {outputs!r}; wanted a list of names")
+    return tuple(outputs)
+
+
+def check_priority(priority: int) -> int:
+    """The priority, if it is one.
+
+    Raises:
+        InvalidInput: it is not.
+    """
     if not isinstance(priority, int) or not 0 <= priority <= wire.MAX_PRIORITY:
         raise InvalidInput(
             f"priority is {priority!r}; wanted a number from 0 (first) to {wire.MAX_PRIORITY}, or None"
         )
-    return _PRIORITY_HEADS[priority]
+    return priority
 
 
 def _join(messages: list[list[Frame]], head: bytes, meta: bytes) -> list[Frame]:
@@ -336,9 +355,18 @@ def timeout_to_ms(timeout: float) -> int:
     return 0 if timeout == math.inf else max(1, min(int(timeout * 1000), _NO_LIMIT))
 
 
-def _model_meta(model: str, version: int | None) -> bytes:
+def check_model(model: str, version: int | None) -> None:
+    """Refuse what cannot name a model.
+
+    Raises:
+        InvalidInput: the name is no string, or the version no number from 0.
+    """
     if not isinstance(model, str):
         raise InvalidInput(f"model is {model!r}; wanted its name, a str")
     if version is not None and (not isinstance(version, int) or not 0 <= version < 1 << 63):
         raise InvalidInput(f"version is {version!r}; wanted a number from 0, or None")
+
+
+def _model_meta(model: str, version: int | None) -> bytes:
+    check_model(model, version)
     return wire.encode_meta(SignatureMeta(model, version))

@@ -1,6 +1,6 @@
 """Replies of a server, from frames to arrays and documents. Client process; pure.
 
-A `_Plan` for each msgpack part of a reply and row count holds the arrays to make, so that a reply like an
+A `Plan` for each msgpack part of a reply and row count holds the arrays to make, so that a reply like an
 earlier one costs a look-up and one copy for each output.
 """
 
@@ -28,7 +28,7 @@ _ROWS_OFFSET = 20  # from here a header is the same for every reply with this me
 
 # Outputs of a bundle of replies up to here are handed out as slices of one array. A caller that keeps a
 # single one of them keeps that array; beyond this size each gets a copy of its own.
-_SLICED_BYTES = 65_536
+SLICED_BYTES = 65_536
 
 _unpack_id = _ID.unpack_from
 
@@ -71,14 +71,14 @@ class Reply(msgspec.Struct):
 
 # One output array of a plan: name, numpy dtype (None for string), whole shape, payload bytes.
 _Output = tuple[str, "np.dtype[Any] | None", tuple[int, ...], int]
-_Plan = tuple[_Output, ...]
+Plan = tuple[_Output, ...]
 
 
 class ReplyDecoder:
     """Decodes messages of the server; remembers how for those that repeat."""
 
     def __init__(self) -> None:
-        self._plans: dict[bytes, _Plan] = {}
+        self._plans: dict[bytes, Plan] = {}
 
     def receive(self, frames: Sequence[Frame]) -> Reply:
         """Decode one message from the server.
@@ -99,7 +99,7 @@ class ReplyDecoder:
             plan = self._plans.get(header[_ROWS_OFFSET:])
             if plan is not None:
                 try:
-                    return Reply(_unpack_id(header)[0], _decode_outputs(plan, frames))
+                    return Reply(_unpack_id(header)[0], decode_outputs(plan, frames))
                 except WireError as e:
                     return Reply(_unpack_id(header)[0], error=e)
         decoded = wire.decode_header(header)
@@ -107,10 +107,10 @@ class ReplyDecoder:
             raise WireError(f"the server sent a {decoded.kind.name}, which is a request; wanted a reply")
         try:
             if decoded.kind is Kind.RESULT:
-                plan = _make_plan(decoded)
+                plan = make_plan(decoded)
                 if decoded.flags == 0:
                     remember(self._plans, header[_ROWS_OFFSET:], plan)
-                return Reply(decoded.id, _decode_outputs(plan, frames))
+                return Reply(decoded.id, decode_outputs(plan, frames))
             if len(frames) != 1:
                 raise WireError(f"{decoded.kind.name} has {len(frames) - 1} tensor frames; wanted none")
             if decoded.kind is Kind.INFO:
@@ -146,12 +146,12 @@ class ReplyDecoder:
         try:
             plan = self._plans.get(header[_ROWS_OFFSET:])
             if plan is None:
-                plan = _make_plan(wire.decode_header(header))
+                plan = make_plan(wire.decode_header(header))
                 remember(self._plans, header[_ROWS_OFFSET:], plan)
-            outputs = _decode_outputs(plan, [header, *frames[2:]])
+            outputs = decode_outputs(plan, [header, *frames[2:]])
         except WireError as e:
             return [Reply(id_, error=e) for id_, _, _ in parts]
-        is_sliced = sum(array.nbytes for array in outputs.values()) <= _SLICED_BYTES
+        is_sliced = sum(array.nbytes for array in outputs.values()) <= SLICED_BYTES
         replies = []
         start = 0
         for id_, _, rows in parts:
@@ -191,7 +191,12 @@ def read_models(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
 # -- replies: plans and arrays ---------------------------------------------------------------------
 
 
-def _make_plan(header: wire.Header) -> _Plan:
+def make_plan(header: wire.Header) -> Plan:
+    """The arrays to make of every reply with this meta, flags and row count.
+
+    Raises:
+        WireError: the meta is not that of a RESULT.
+    """
     tensors = wire.decode_meta(ResultMeta, header.meta).outputs
     whole = bool(header.flags & Flag.WHOLE)
     plan: list[_Output] = []
@@ -205,7 +210,12 @@ def _make_plan(header: wire.Header) -> _Plan:
     return tuple(plan)
 
 
-def _decode_outputs(plan: _Plan, frames: Sequence[Frame]) -> dict[str, Array]:
+def decode_outputs(plan: Plan, frames: Sequence[Frame]) -> dict[str, Array]:
+    """The arrays of a reply; `frames` as for `ReplyDecoder.receive`, its first is passed over.
+
+    Raises:
+        WireError: the frames are not what the plan says.
+    """
     if len(frames) != len(plan) + 1:
         raise WireError(f"RESULT has {len(frames) - 1} tensor frames; wanted {len(plan)}")
     outputs: dict[str, Array] = {}

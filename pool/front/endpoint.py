@@ -128,7 +128,7 @@ class Endpoint:
         self._cancelled: dict[Client, set[int]] = {}
         self._gate = Gate(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self._routes: dict[bytes, Route] = {}
-        engine.on_unserved = self._forget_routes
+        engine.on_unserved.append(self._forget_routes)
         self._fd = -1
         self._is_scheduled = False
         self.requests = 0
@@ -159,6 +159,7 @@ class Endpoint:
         """Send what ZeroMQ still holds (for at most 1 s), unbind and remove the socket files."""
         if self._fd >= 0:
             self._loop.remove_reader(self._fd)
+        self._engine.on_unserved.remove(self._forget_routes)
         self._questions.close()
         self._regions.close()
         if self._connections is not None:

@@ -68,12 +68,12 @@ class Engine:
         turn: The present turn of the loop, for the tickets of the requests received in it.
         is_draining: Whether new requests are refused.
         is_stopping: Whether nothing runs again.
-        on_unserved: Called when a route resolved earlier may be served no more: whoever keeps routes
-            resolves them anew.
+        on_unserved: Called, each, when a route resolved earlier may be served no more: whoever keeps
+            routes resolves them anew.
     """
 
     def __init__(self, config: Config) -> None:
-        self.on_unserved: Callable[[], None] = lambda: None
+        self.on_unserved: list[Callable[[], None]] = []
         self._loop = asyncio.get_running_loop()
         self.config = config
         self._supervisor = Supervisor()
@@ -162,7 +162,7 @@ class Engine:
         model.metrics = serving.generation.metrics
         old, model.serving = model.serving, serving
         model.state, model.failure = "ready", ""
-        self.on_unserved()
+        self._unserved()
         if old is not None and old is not serving:
             self._retire(old)
         generation, report = serving.generation, serving.generation.report
@@ -180,7 +180,7 @@ class Engine:
     def remove(self, name: str) -> None:
         """Serve a model no more; it finishes what it admitted."""
         model = self.models.pop(name)
-        self.on_unserved()
+        self._unserved()
         log.info("model removed", model=name)
         if model.serving is not None:
             self._retire(model.serving)
@@ -207,7 +207,7 @@ class Engine:
             Whether all was finished in time.
         """
         self.is_draining = True
-        self.on_unserved()
+        self._unserved()
         self.freed()
         if self._idle.is_set():  # which counts even with no time to wait
             return True
@@ -220,7 +220,7 @@ class Engine:
     async def stop(self) -> None:
         """Answer what is left `Unavailable`, end the workers, give the memory back; once."""
         self.is_draining = self.is_stopping = True
-        self.on_unserved()
+        self._unserved()
         for task in self._retiring.values():
             task.cancel()
         if self._retiring:
@@ -274,6 +274,10 @@ class Engine:
             names = ", ".join(repr(n) for n in self.models)
             raise ModelNotFound(f"no model {name!r}; wanted one of {names}")
         return name
+
+    def _unserved(self) -> None:
+        for forget in self.on_unserved:
+            forget()
 
     def flush(self, generation: Generation, admitted: int) -> Turn:
         """Rows were placed: start what can start, and arm the timer for what cannot yet.
@@ -348,7 +352,7 @@ class Engine:
         if model is not None and model.serving is serving:
             model.state, model.failure = "failed", failure
             log.error("model failed", model=name, reason=failure)
-            self.on_unserved()
+            self._unserved()
         sentence = f"model {name!r} is failed: {failure}"
         serving.drop_waiting(lambda: Unavailable(sentence))
 
@@ -405,7 +409,7 @@ class Engine:
         serving = self.models[name].serving
         assert serving is not None, "a model that is served"
         serving.apply(config)
-        self.on_unserved()  # routes know priority, timeout and limits
+        self._unserved()  # routes know priority, timeout and limits
 
     def running(self) -> Iterator[Batch]:
         """The batches that workers have."""

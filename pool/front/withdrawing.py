@@ -13,7 +13,7 @@ from pool.front.replies import Join
 from pool.front.slots import Slot, Ticket
 
 
-def withdraw(engine: Engine, cancelled: Mapping[Client, Collection[int]]) -> list[Ticket]:
+def withdraw(engine: Engine, cancelled: Mapping[Client, Collection[object]]) -> list[Ticket]:
     """Withdraw requests by id, and those of clients that are gone.
 
     Rows that wait for a worker are freed; the answers of those that run will be dropped.
