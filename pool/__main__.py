@@ -25,6 +25,7 @@ COMMANDS = {
     "reload": "have a running server read its configuration file again",
     "status": "show what a server is doing",
     "keys": "make the keys that secure tcp endpoints",
+    "top": "watch a server live: rates, times by stage, workers, last errors",
     "bench": "measure a server under load",
     "chaos": "kill, stop, crash and hang a server's processes under checked load, and tell what that cost",
     "install-service": "write the files that have systemd run servers",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,13 +60,13 @@ def test_help_names_every_command_and_imports_little() -> None:
         "finally: print(sorted(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    for command in ("serve", "check", "predict", "status", "bench", "chaos", "demo"):
+    for command in ("serve", "check", "predict", "status", "top", "bench", "chaos", "demo"):
         assert f"\n    {command} " in done.stdout
     for module in ("zmq", "numpy", "rich", "msgspec", "tensorflow"):
         assert f"'{module}'" not in done.stdout
 
 
-@pytest.mark.parametrize("command", ["serve", "check", "predict", "status", "bench", "chaos", "demo"])
+@pytest.mark.parametrize("command", ["serve", "check", "predict", "status", "top", "bench", "chaos", "demo"])
 def test_each_command_has_help(command: str) -> None:
     assert f"usage: pool {command}" in pool(command, "--help").stdout
 
@@ -132,7 +133,7 @@ def test_a_model_that_cannot_be_loaded_is_exit_code_1(command: str, tmp_path: Pa
     (tmp_path / "empty").mkdir()
     file = tmp_path / "pool.toml"
     file.write_text(f'[server]\nendpoints = ["ipc://{tmp_path}/s"]\n[models.m]\npath = "empty"\n')
-    assert "MODEL_LOAD: " in pool(command, file, code=1).stderr
+    assert re.search(r"MODEL_LOAD(:| reason=)", pool(command, file, code=1).stderr)
 
 
 def test_check_reports(tmp_path: Path) -> None:

@@ -145,6 +145,12 @@ class Exposition:
             (),
             [((), front["dropped_replies"])],
         )
+        yield _counter(
+            "pool_refused_connections",
+            "Connections of those who may not use the server.",
+            (),
+            [((), front["refused_connections"])],
+        )
 
     def _of_requests(self) -> Iterator[Metric]:
         counted = [*self._metrics(), ("", self._engine.unknown)]

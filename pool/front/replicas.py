@@ -260,7 +260,7 @@ class Replicas:
             cause=end.cause,
             batch_rows=slot.rows if slot else 0,
             restart_in_s=restart_in_s,
-            is_given_up=worker.state is WorkerState.FAILED,
+            is_given_up=worker.state is WorkerState.FAILED or None,
             last_words="\n".join(lines) or None,
         )
         self._listener.worker_ended(worker, slot, end)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from pool.front.metrics import BOUNDS_S
 from pool.front.processes import Usage, measure_processes, no_usage
 from pool.front.zygotes import Zygote
 from pool.shm.control import LoadReport
@@ -35,6 +37,7 @@ async def read_status(models: Iterable[ServedModel], zygotes: Iterable[Zygote]) 
     usage = await asyncio.get_running_loop().run_in_executor(None, measure_processes, known)
     return {
         "front": usage[os.getpid()],
+        "stage_bounds_s": BOUNDS_S,
         "zygotes": [{"backend": zygote.backend, **usage[zygote.pid or 0]} for zygote in zygotes],
         "models": {model.name: _model_status(model, usage) for model in models},
     }
@@ -46,6 +49,10 @@ def _model_status(model: ServedModel, usage: dict[int, Usage]) -> dict[str, Any]
         "failure": model.failure,
         "batches": model.metrics.batches,
         "rows": model.metrics.rows,
+        "answers": dict(model.metrics.answers),
+        "stages": {stage: histogram.describe() for stage, histogram in model.metrics.stages.items()},
+        "closed": dict(model.metrics.closed),
+        "restarts": dict(model.metrics.restarts),
         "batch_sizes": {str(rows): n for rows, n in sorted(model.metrics.batch_sizes.items())},
     }
     if model.serving is None:
@@ -74,6 +81,7 @@ def _worker_status(worker: Worker, usage: dict[int, Usage]) -> dict[str, Any]:
         "device": worker.device,
         "batches": worker.batches,
         "rows": worker.rows,
+        "busy_s": worker.busy_until(time.monotonic()),
         "restarts": worker.restarts,
         "ready_s": worker.ready_s,
         "last_error": worker.last_error,

@@ -1,0 +1,243 @@
+"""`pool top`: a live view of a server in a terminal, from one status document to the next."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import os
+import select
+import sys
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from pool.cli.arguments import add_endpoint, connect, seconds
+from pool.cli.output import console, size
+from pool.cli.rates import STAGES, ModelRates, Rates, WorkerRates, compare
+from pool.endpoints import default_endpoint
+from pool.errors import PoolError
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+_WIDTH = 80  # of what is shown, at least: narrower terminals cut it
+_ERRORS_SHOWN = 3
+_FIELDS_LEFT_OUT = ("role", "pid", "last_words")
+_BAR = 8
+_STAGES = "{:<6}" + "{:>13}" * len(STAGES)
+_WORKER = "{:<20}{:<10}{:<13}{:>8}{:>10}{:>10}{:>9}"
+_QUIT = ("q", "Q", "\x03", "\x04")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add_endpoint(parser)
+    parser.add_argument(
+        "--interval", metavar="S", type=seconds, default=1.0, help="seconds between looks (default: 1)"
+    )
+    parser.add_argument("--once", action="store_true", help="look twice, print one table, and end")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Show it until `q` is pressed.
+
+    Raises:
+        Unavailable: no server answers there (`--once`, and at the first look).
+    """
+    where = args.endpoint or default_endpoint()
+    with connect(args) as client:
+        before = client.status()
+        if args.once or not sys.stdout.isatty():
+            time.sleep(args.interval)
+            out = console()
+            for line in draw(compare(before, client.status()), where, max(_WIDTH, out.width), None):
+                out.print(line)
+            return 0
+        return _show(client.status, before, where, args.interval)
+
+
+def _show(ask: Any, before: dict[str, Any], where: str, interval_s: float) -> int:
+    from rich.console import Group
+    from rich.live import Live
+
+    out = console()
+    rates, trouble = compare(None, before), ""
+    with Live(console=out, screen=True, auto_refresh=False) as live, _keys() as keys:
+        while True:
+            width, height = out.size
+            lines = draw(rates, where, width, height, trouble)
+            live.update(Group(*lines), refresh=True)
+            if _is_quit(keys, interval_s):
+                return 0
+            try:
+                after = ask()
+            except PoolError as e:
+                trouble = e.message
+            else:
+                rates, trouble = compare(before, after), ""
+                before = after
+
+
+@contextlib.contextmanager
+def _keys() -> Iterator[int | None]:
+    """The terminal's keys, as they are pressed; None where there is none to read."""
+    import termios
+    import tty
+
+    if not sys.stdin.isatty():
+        yield None
+        return
+    fd = sys.stdin.fileno()
+    before = termios.tcgetattr(fd)
+    try:
+        tty.setcbreak(fd)
+        yield fd
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+
+
+def _is_quit(keys: int | None, wait_s: float) -> bool:
+    """Wait; whether it was cut short by a key that ends the view."""
+    deadline = time.monotonic() + wait_s
+    while (left := deadline - time.monotonic()) > 0:
+        if keys is None:
+            time.sleep(left)
+        elif select.select([keys], [], [], left)[0]:
+            pressed = os.read(keys, 64)
+            if not pressed or any(key in _QUIT for key in pressed.decode("latin-1")):
+                return True
+    return False
+
+
+# -- drawing -----------------------------------------------------------------------------------------
+
+
+def draw(rates: Rates, where: str, width: int, height: int | None, trouble: str = "") -> list[Text]:
+    """The lines of the view.
+
+    Args:
+        rates: What to show.
+        where: The endpoint.
+        width: Columns there are.
+        height: Lines there are; None for as many as it takes.
+        trouble: Why there is nothing newer, if so.
+    """
+    workers = [worker for model in rates.models for worker in model.workers]
+    head, errors = _head(rates, where if height is None else f"{where}  (q quits)", trouble), _errors(rates)
+    model_blocks = [_model(model) for model in rates.models]
+    worker_blocks = [[_worker(worker)] for worker in workers]
+    if height is not None:
+        room = height - len(head) - len(errors) - (1 if workers else 0)
+        # Models have what the workers leave, and half of it in any case.
+        model_blocks = _fit(model_blocks, max(room // 2, room - len(workers)), "models")
+        worker_blocks = _fit(worker_blocks, room - sum(map(len, model_blocks)), "workers")
+    lines = [*head, *itertools.chain.from_iterable(model_blocks)]
+    if worker_blocks:
+        lines.append(
+            _text(_WORKER.format("WORKER", "STATE", "BUSY", "CPU", "BATCH/S", "PRIVATE", "RESTARTS"), "bold")
+        )
+        lines += itertools.chain.from_iterable(worker_blocks)
+    lines += errors
+    for line in lines:
+        line.truncate(width, overflow="ellipsis")
+    return lines if height is None else lines[:height]
+
+
+def _fit(blocks: list[list[Text]], room: int, what: str) -> list[list[Text]]:
+    """As many of the first blocks as fit in so many lines, and how many do not."""
+    if sum(map(len, blocks)) <= room:
+        return blocks
+    kept: list[list[Text]] = []
+    used = 1
+    for block in blocks:
+        used += len(block)
+        if used > room:
+            break
+        kept.append(block)
+    return [*kept, [_text(f"... {len(blocks) - len(kept)} more {what}", "dim")]] if room > 0 else []
+
+
+def _head(rates: Rates, where: str, trouble: str) -> list[Text]:
+    up = timedelta(seconds=int(rates.uptime_s))
+    first = _text("pool top", "bold")
+    first.append(f"  {where}  up {up}  {time.strftime('%H:%M:%S')}")
+    since = "since its start" if rates.is_since_start else f"in {rates.elapsed_s:.1f} s"
+    second = _text(
+        f"{rates.requests_s:,.0f} requests/s {since}, {rates.clients} clients, "
+        f"front {rates.front_cpu:.0%} CPU, {size(rates.memory_bytes)} in all"
+    )
+    if rates.errors_s:
+        second.append(f", {rates.errors_s:,.1f} errors/s", "red")
+    return [first, second, *([_text(trouble, "bold red")] if trouble else [])]
+
+
+def _model(model: ModelRates) -> list[Text]:
+    name = _text(f"{model.name} ", "bold")
+    name.append(model.state, "" if model.state == "ready" else "bold red")
+    name.append(f"  {model.results_s:,.0f}/s")
+    if model.errors_s:
+        name.append(f"  {model.errors_s:,.1f} errors/s", "red")
+    name.append(f"  {model.queue_rows:,} waiting")
+    if model.rows_per_batch is not None and model.max_batch_size:
+        fill = model.rows_per_batch / model.max_batch_size
+        name.append(f"  {model.rows_per_batch:.1f} rows/batch {fill:.0%}")
+        name.append("  " + " ".join(f"{reason} {share:.0%}" for reason, share in model.closed[:2]), "dim")
+    if not any(model.quantiles.values()):
+        return [name]
+    quantiles = [model.quantiles[stage] for stage in STAGES]
+    table = [
+        ["", *STAGES],
+        ["  p50", *[_duration(pair and pair[0]) for pair in quantiles]],
+        ["  p99", *[_duration(pair and pair[1]) for pair in quantiles]],
+    ]
+    styles = ("dim", "", "")
+    return [name, *[_text(_STAGES.format(*row), style) for row, style in zip(table, styles, strict=True)]]
+
+
+def _worker(worker: WorkerRates) -> Text:
+    line = _text(f"{_cut(worker.name, 19):<20}")
+    line.append(f"{worker.state:<10}", "" if worker.state in ("ready", "busy") else "bold red")
+    filled = round(worker.busy * _BAR)
+    line.append("█" * filled, "green")
+    line.append("░" * (_BAR - filled), "dim")
+    line.append(
+        f"{worker.busy:5.0%}{worker.cpu:8.0%}{worker.batches_s:10,.0f}{size(worker.private_bytes):>10}"
+    )
+    line.append(f"{worker.restarts:9}", "red" if worker.restarts else "")
+    return line
+
+
+def _errors(rates: Rates) -> list[Text]:
+    lines = []
+    for error in rates.last_errors[-_ERRORS_SHOWN:]:
+        when = time.strftime("%H:%M:%S", time.localtime(error["time_s"]))
+        fields = " ".join(
+            f"{key}={value}" for key, value in error["fields"].items() if key not in _FIELDS_LEFT_OUT
+        )
+        lines.append(
+            _text(f"{when} {error['event']} {fields}", "red" if error["level"] == "error" else "yellow")
+        )
+    return lines
+
+
+def _duration(seconds_: float | None) -> str:
+    if seconds_ is None:
+        return "-"
+    for factor, unit in ((1e6, "µs"), (1e3, "ms")):
+        if seconds_ * factor < 999.5:
+            value = seconds_ * factor
+            return f"{value:.0f} {unit}" if value >= 99.5 or unit == "µs" else f"{value:.1f} {unit}"
+    return f"{seconds_:.1f} s"
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _text(words: str, style: str = "") -> Text:
+    from rich.text import Text
+
+    # What a server says is shown as it is, but for what a terminal would obey.
+    return Text("".join(c if c.isprintable() else "?" for c in words), style=style, no_wrap=True)
