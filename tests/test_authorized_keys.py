@@ -85,8 +85,8 @@ def test_what_holds_no_key_is_told_once(tmp_path, clients, caplog):
     keys = AuthorizedKeys(str(clients))
     for _ in range(3):
         assert keys.name_of(key) == "alice"
-    (message,) = caplog.messages
-    assert "bad.pub: must hold public_key" in message
+    (record,) = caplog.records
+    assert "bad.pub: must hold public_key" in record.fields["reason"]
 
 
 def test_without_the_directory_no_key_is_authorized(tmp_path, clients, caplog):
@@ -95,7 +95,7 @@ def test_without_the_directory_no_key_is_authorized(tmp_path, clients, caplog):
     clients.rename(tmp_path / "away")
     for _ in range(3):
         assert keys.name_of(key) is None
-    (message,) = caplog.messages
-    assert message.endswith("clients: No such file or directory; no key is authorized")
+    (record,) = caplog.records
+    assert record.fields["reason"].endswith("clients: No such file or directory; no key is authorized")
     (tmp_path / "away").rename(clients)
     assert keys.name_of(key) == "alice"

@@ -340,7 +340,7 @@ def test_a_front_that_dies_is_told(tmp_path, endpoint):
             with Client(endpoint) as client:
                 while not client.ready():
                     assert front.poll() is None
-                arguments = ("--endpoint", endpoint, "--minutes", "60", "--timeout", "1", "--json")
+                arguments = ("--endpoint", endpoint, "--minutes", "60", "--timeout", "5", "--json")
                 process = pool_chaos(*arguments, "--interval", "0.05", "--faults", "kill")
                 while client.status()["front"]["requests"] < 300:
                     assert process.poll() is None

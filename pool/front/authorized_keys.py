@@ -78,5 +78,5 @@ class AuthorizedKeys:
     def _tell(self, faults: set[str]) -> None:
         """Log what is wrong, once."""
         for fault in sorted(faults - self._faults):
-            log.error("authorized_keys", reason=fault)
+            log.error("keys not authorized", reason=fault)
         self._faults = faults
