@@ -38,12 +38,14 @@ if TYPE_CHECKING:
     from pool.client.aio import AsyncClient
     from pool.client.retry import Retry
     from pool.client.sync import Client
+    from pool.client.timeline import Answer, Timeline
     from pool.embedded.pool import Pool
     from pool.predictor import Predictor
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Answer",
     "AsyncClient",
     "Cancelled",
     "Client",
@@ -62,6 +64,7 @@ __all__ = [
     "ProtocolVersionError",
     "Retry",
     "SignatureNotFound",
+    "Timeline",
     "TooLarge",
     "Unavailable",
     "VersionNotFound",
@@ -71,11 +74,13 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Answer": "pool.client.timeline",
     "AsyncClient": "pool.client.aio",
     "Client": "pool.client.sync",
     "Pool": "pool.embedded.pool",
     "Predictor": "pool.predictor",
     "Retry": "pool.client.retry",
+    "Timeline": "pool.client.timeline",
 }
 
 

@@ -86,6 +86,7 @@ class Flag(enum.IntFlag):
     BUNDLE = 0x0002  # PREDICT, RESULT, ERROR: the message stands for several (section 3.9)
     PRIORITY = 0x0004  # PREDICT: the priority byte is meant; without it the model's default holds
     REGION = 0x0008  # PREDICT: the tensor frames say where in a region the tensors lie (section 7)
+    TIMELINE = 0x0010  # PREDICT, RESULT: the reply's meta has the time line (section 3.11)
 
 
 def head(kind: Kind, flags: int = 0, priority: int = 0) -> bytes:
@@ -144,11 +145,43 @@ class SignatureMeta(msgspec.Struct, frozen=True, array_like=True):
     version: int | None = None
 
 
+class TimelineMeta(msgspec.Struct, frozen=True, array_like=True):
+    """The server's part of a time line (section 3.11).
+
+    Attributes:
+        received_ns: The server's monotonic clock when `receive` began.
+        receive_ns: Until its rows lay in their slots.
+        queue_ns: Until its batch was given to a worker.
+        run_ns: Until the worker's answer was heard.
+        reply_ns: Until its answer was about to be sent.
+        model_ns: The part of `run_ns` in which the worker ran the batch.
+        batch_rows: Rows of its batch, without padding; 0 if it was split over several.
+        worker: Which ran it; -1 if several did.
+    """
+
+    received_ns: int
+    receive_ns: int
+    queue_ns: int
+    run_ns: int
+    reply_ns: int
+    model_ns: int
+    batch_rows: int
+    worker: int
+
+
 class ResultMeta(msgspec.Struct, frozen=True, array_like=True):
     """Meta of RESULT (section 3.6)."""
 
     version: int
     outputs: tuple[TensorMeta, ...]
+
+
+class TimedResultMeta(msgspec.Struct, frozen=True, array_like=True):
+    """Meta of RESULT with the flag TIMELINE (section 3.11)."""
+
+    version: int
+    outputs: tuple[TensorMeta, ...]
+    timeline: TimelineMeta
 
 
 class ErrorMeta(msgspec.Struct, frozen=True, array_like=True):
@@ -158,11 +191,12 @@ class ErrorMeta(msgspec.Struct, frozen=True, array_like=True):
     message: str
 
 
-Meta = TypeVar("Meta", PredictMeta, SignatureMeta, ResultMeta, ErrorMeta)
+Meta = TypeVar("Meta", PredictMeta, SignatureMeta, ResultMeta, TimedResultMeta, ErrorMeta)
 
 _encode = msgspec.msgpack.Encoder().encode
 _decoders: dict[type, Any] = {
-    kind: msgspec.msgpack.Decoder(kind) for kind in (PredictMeta, SignatureMeta, ResultMeta, ErrorMeta)
+    kind: msgspec.msgpack.Decoder(kind)
+    for kind in (PredictMeta, SignatureMeta, ResultMeta, TimedResultMeta, ErrorMeta)
 }
 _decode_any = msgspec.msgpack.Decoder().decode
 
@@ -261,7 +295,7 @@ def encode_ids(ids: Sequence[int]) -> bytes:
 # -- meta ------------------------------------------------------------------------------------------
 
 
-def encode_meta(meta: PredictMeta | SignatureMeta | ResultMeta | ErrorMeta) -> bytes:
+def encode_meta(meta: PredictMeta | SignatureMeta | ResultMeta | TimedResultMeta | ErrorMeta) -> bytes:
     """The msgpack part of a header."""
     return _encode(meta)
 
@@ -279,7 +313,7 @@ def decode_meta(kind: type[Meta], data: bytes) -> Meta:
         raise WireError(f"{kind.__name__} is not valid: {e}") from None
     if isinstance(meta, PredictMeta):
         _check_tensors(meta.inputs)
-    elif isinstance(meta, ResultMeta):
+    elif isinstance(meta, (ResultMeta, TimedResultMeta)):
         _check_tensors(meta.outputs)
     return meta
 
@@ -301,6 +335,20 @@ def _check_tensors(tensors: tuple[TensorMeta, ...]) -> None:
         # An axis of 0 empties the tensor, but does not excuse its other axes: numpy refuses those too.
         if row_items(tuple(axis or 1 for axis in t.shape)) >= 1 << 47:  # no address space holds it
             raise WireError(f"tensor {t.name!r} of shape {list(t.shape)} is larger than any memory")
+
+
+_TWO_ELEMENTS, _THREE_ELEMENTS = b"\x92", b"\x93"  # how msgpack begins an array of so many
+
+
+def add_timeline(meta: bytes, timeline: TimelineMeta) -> bytes:
+    """The meta of a RESULT with a time line behind it (section 3.11).
+
+    Args:
+        meta: As `encode_meta` gave it for a `ResultMeta`.
+        timeline: To add.
+    """
+    assert meta[:1] == _TWO_ELEMENTS, "version and outputs"
+    return _THREE_ELEMENTS + meta[1:] + _encode(timeline)
 
 
 def encode_info(document: dict[str, Any]) -> bytes:

@@ -16,7 +16,18 @@ from hypothesis.extra import numpy as hnp
 from pool import errors, wire
 from pool.errors import Overloaded, PoolError, ProtocolVersionError, WireError
 from pool.signature import DTYPES, numpy_dtype
-from pool.wire import ErrorMeta, Flag, Header, Kind, PredictMeta, ResultMeta, SignatureMeta, TensorMeta
+from pool.wire import (
+    ErrorMeta,
+    Flag,
+    Header,
+    Kind,
+    PredictMeta,
+    ResultMeta,
+    SignatureMeta,
+    TensorMeta,
+    TimedResultMeta,
+    TimelineMeta,
+)
 
 DOCUMENT = (Path(__file__).resolve().parent.parent / "docs" / "wire.md").read_text()
 
@@ -43,6 +54,21 @@ PARSE_S = PredictMeta("m", 7, "parse", (TensorMeta("s", "string", ()),), ("y",))
 Y = ResultMeta(7, (TensorMeta("y", "float32", ()),))
 WHOLE_Y = ResultMeta(7, (TensorMeta("y", "int64", (2,)),))
 
+TIMED_Y = TimedResultMeta(
+    7,
+    (TensorMeta("y", "float32", ()),),
+    TimelineMeta(
+        received_ns=10**12,
+        receive_ns=10_000,
+        queue_ns=1_000,
+        run_ns=200_000,
+        reply_ns=30_000,
+        model_ns=100_000,
+        batch_rows=64,
+        worker=0,
+    ),
+)
+
 TOKEN = bytes(range(wire.TOKEN_BYTES))
 
 # Name of the box: header without meta, what the meta says, and the arrays with their dtypes.
@@ -67,6 +93,16 @@ GOLDEN = {
         Header(Kind.PREDICT, 9, b"", rows=1, priority=3, flags=Flag.PRIORITY),
         DEFAULT_X,
         [(np.array([[1, 2, 3]], np.float32), "float32")],
+    ),
+    "PREDICT timeline": (
+        Header(Kind.PREDICT, 10, b"", rows=1, flags=Flag.TIMELINE),
+        DEFAULT_X,
+        [(np.array([[1, 2, 3]], np.float32), "float32")],
+    ),
+    "RESULT timeline": (
+        Header(Kind.RESULT, 10, b"", rows=1, flags=Flag.TIMELINE),
+        TIMED_Y,
+        [(np.array([6], np.float32), "float32")],
     ),
     "PREDICT region": (
         Header(Kind.PREDICT, 1, b"", millis=60_000, rows=2, flags=Flag.REGION),
@@ -143,6 +179,14 @@ def test_documented_bytes_are_understood(name):
         got = wire.decode_tensor(payload, dtype, array.shape)
         assert got.dtype == array.dtype
         assert got.tolist() == array.tolist()
+
+
+def test_a_time_line_is_added_behind_what_is_there():
+    plain = wire.encode_meta(Y)
+    timed = wire.add_timeline(plain, TIMED_Y.timeline)
+    assert timed == documented_messages()["RESULT timeline"][0][wire.FIXED_BYTES :]
+    # Whoever does not know of it reads the rest.
+    assert wire.decode_meta(ResultMeta, timed) == Y
 
 
 def test_documented_packets():

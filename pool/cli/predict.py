@@ -14,7 +14,11 @@ import numpy.typing as npt
 
 from pool.cli.arguments import add_endpoint, connect
 from pool.cli.output import jsonable, print_json
+from pool.client.timeline import Answer, Timeline
 from pool.errors import InvalidInput
+
+_BAR = 48  # columns
+_EIGHTHS = ("▏", "▏", "▎", "▍", "▌", "▋", "▊", "▉")  # that something took no time is shown too
 
 Array = npt.NDArray[Any]
 
@@ -54,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="safe",
         help="casts of inputs that are made (default: only lossless ones)",
     )
+    parser.add_argument("--timeline", action="store_true", help="show where the time went")
     add_endpoint(parser)
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--output", metavar="DIR", type=Path, help="save each output as DIR/NAME.npy")
@@ -74,16 +79,47 @@ def run(args: argparse.Namespace) -> int:
             signature=args.signature,
             timeout=args.timeout,
             cast=args.cast,
+            timeline=args.timeline,
         )
+    timeline = outputs.timeline if isinstance(outputs, Answer) else None
     if args.output is not None:
         save(outputs, args.output)
     elif args.json:
-        print_json({name: jsonable(array) for name, array in outputs.items()})
+        document = {name: jsonable(array) for name, array in outputs.items()}
+        if timeline is not None:
+            document = {"outputs": document, "timeline": describe(timeline)}
+        print_json(document)
     else:
         for name, array in outputs.items():
             print(f"{name}: {'string' if array.dtype == object else array.dtype} {list(array.shape)}")
             print(array)
+    if timeline is not None and not args.json:
+        for line in draw(timeline):
+            print(line)
     return 0
+
+
+def describe(timeline: Timeline) -> dict[str, Any]:
+    """A time line as a JSON object, with its total."""
+    return {**msgspec.to_builtins(timeline), "total_ns": timeline.total_ns}
+
+
+def draw(timeline: Timeline) -> list[str]:
+    """A time line as text: how long each stage took, and when, as a bar below the others."""
+    total = timeline.total_ns
+    batch = f"batch of {timeline.batch_rows} rows" if timeline.batch_rows else "several batches"
+    worker = f"worker {timeline.worker}" if timeline.worker >= 0 else "several workers"
+    lines = [f"{total / 1e6:.3f} ms: {batch}, {worker}, {timeline.model_ns / 1e6:.3f} ms of it the model"]
+    since = 0
+    for name, ns in timeline.stages.items():
+        # In eighths of a column, so that what is short can be seen.
+        start, end = round(since / total * _BAR * 8), round((since + ns) / total * _BAR * 8)
+        since += ns
+        bar = "█" * (end // 8 - start // 8) or _EIGHTHS[end - start]
+        lines.append(f"  {name:<9}{ns / 1e3:>11,.1f} µs{ns / total:>6.0%}  {' ' * (start // 8)}{bar}")
+    if not timeline.is_one_clock:
+        lines.append("  inbound and outbound are halves of both: the server has another clock")
+    return lines
 
 
 def parse_input(text: str) -> Given:

@@ -6,6 +6,7 @@ The calls; how requests and replies travel is the business of its `Exchange`.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,7 @@ from pool.client.dial import Preference, endpoints_of
 from pool.client.exchange import Exchange
 from pool.client.reply import read_flag, read_models
 from pool.client.retry import Attempts, Retry
+from pool.client.timeline import answer_with_timeline
 from pool.errors import DeadlineExceeded, PoolError, Unavailable
 from pool.predictor import Predictor
 
@@ -81,6 +83,7 @@ class AsyncClient(Predictor):
         cast: str | None = None,
         priority: int | None = None,
         retry: Retry | None = None,
+        timeline: bool = False,
     ) -> dict[str, Array]:
         """Run a model on a batch of rows; cancelling the call withdraws the request.
 
@@ -95,6 +98,8 @@ class AsyncClient(Predictor):
             cast: For this call; None for the client's own.
             priority: 0 (first) to 3 (background work); None for what the server gives the model.
             retry: For this call; None for the client's own. `Retry(attempts=1)` is no retry.
+            timeline: Whether to find out where the time went: the result is then an `Answer`, a dict
+                whose attribute `timeline` tells it.
 
         Returns:
             Name -> array of shape [rows, ...], writable and the caller's own. Strings are object
@@ -126,6 +131,7 @@ class AsyncClient(Predictor):
         attempts = None if retry is None else Attempts(retry, began, deadline)
         while True:
             try:
+                began_ns = time.monotonic_ns() if timeline else 0
                 request = self._core.request(
                     model,
                     inputs,
@@ -135,12 +141,18 @@ class AsyncClient(Predictor):
                     timeout_ms=timeout_ms,
                     cast=cast,
                     priority=priority,
+                    timeline=timeline,
                 )
                 if request is not None:
+                    handed_ns = time.monotonic_ns() if timeline else 0
                     reply = await self._exchange.reply_to(request, timeout, deadline)
                     if reply.error is not None:
                         self._core.note_refusal(model, reply.error)
-                    return reply.take_outputs()
+                    outputs_ = reply.take_outputs()
+                    if timeline:
+                        now_ns = time.monotonic_ns()
+                        return answer_with_timeline(outputs_, began_ns, handed_ns, now_ns, reply.timeline)
+                    return outputs_
                 await self._learn(model, version, timeout, deadline)
             except PoolError as e:
                 if attempts is None:

@@ -61,6 +61,13 @@ _BUNDLE_HEADS = {
         for priority, head in enumerate(_PRIORITY_HEADS)
     },
 }
+_TIMELINE_HEADS = {
+    _PREDICT_HEAD: wire.head(Kind.PREDICT, Flag.TIMELINE),
+    **{
+        head: wire.head(Kind.PREDICT, Flag.TIMELINE | Flag.PRIORITY, priority)
+        for priority, head in enumerate(_PRIORITY_HEADS)
+    },
+}
 _CANCEL_HEAD = wire.head(Kind.CANCEL)
 _NO_LIMIT = 0xFFFF_FFFF  # of the wire's 32-bit milliseconds
 
@@ -129,6 +136,7 @@ class ClientCore(ReplyDecoder):
         timeout_ms: int = 0,
         cast: str | None = None,
         priority: int | None = None,
+        timeline: bool = False,
     ) -> Request | None:
         """Check a prediction and encode it.
 
@@ -141,6 +149,7 @@ class ClientCore(ReplyDecoder):
             timeout_ms: What remains of the caller's patience, for the server; 0 for no limit.
             cast: Overrides the core's own for this request.
             priority: 0 (first) to 3; None for what the server gives the model.
+            timeline: Whether the reply is to tell its time line.
 
         Returns:
             The request's id and the frames of its message; None if the signature has to be learnt
@@ -167,6 +176,8 @@ class ClientCore(ReplyDecoder):
             meta = route.metas.get(shape[1:])
             if meta is not None and shape and shape[0] <= route.max_rows and array.nbytes <= COPY_BYTES:
                 head = _PREDICT_HEAD if priority is None else _PRIORITY_HEADS[check_priority(priority)]
+                if timeline:
+                    head = _TIMELINE_HEADS[head]
                 id_ = next(self._ids)
                 return id_, [_pack(head, id_, timeout_ms, shape[0]) + meta, array.tobytes()]
         allowed = self._cast if cast is None else check_cast(cast)
@@ -178,6 +189,8 @@ class ClientCore(ReplyDecoder):
         if route.is_joinable:
             remember(self._joinable, meta, min(_BUNDLE_BYTES, route.max_frame_bytes))
         head = _PREDICT_HEAD if priority is None else _PRIORITY_HEADS[check_priority(priority)]
+        if timeline:
+            head = _TIMELINE_HEADS[head]
         id_ = next(self._ids)
         return id_, [_pack(head, id_, timeout_ms, rows) + meta, *frames]
 
@@ -198,7 +211,7 @@ class ClientCore(ReplyDecoder):
             end = first + 1
             size = sum(map(len, tensors))
             room = self._joinable.get(meta)
-            if room is not None and size <= COPY_BYTES:
+            if room is not None and size <= COPY_BYTES and head in _BUNDLE_HEADS:
                 most = min(count, first + wire.MAX_PARTS)
                 while end < most:
                     frames = requests[end][1]

@@ -18,7 +18,7 @@ from pool.client.conversion import Array
 from pool.client.route import COPY_BYTES, Frame, remember
 from pool.errors import PoolError, WireError
 from pool.signature import numpy_dtype
-from pool.wire import Flag, Kind, ResultMeta
+from pool.wire import Flag, Kind, ResultMeta, TimedResultMeta, TimelineMeta
 
 _RESULT_HEAD = wire.head(Kind.RESULT)
 _RESULT_BUNDLE_HEAD = wire.head(Kind.RESULT, Flag.BUNDLE)
@@ -34,19 +34,21 @@ _unpack_id = _ID.unpack_from
 
 
 class Reply(msgspec.Struct):
-    """One decoded reply; exactly one of the last three is set.
+    """One decoded reply; exactly one of outputs, document and error is set.
 
     Attributes:
         id: Of the request it answers.
         outputs: RESULT: name to array. The arrays are the caller's own and writable.
         document: INFO: the document.
         error: ERROR, or what is wrong with a reply that cannot be decoded.
+        timeline: The server's part of the time line, where a RESULT has it.
     """
 
     id: int
     outputs: dict[str, Array] | None = None
     document: dict[str, Any] | None = None
     error: PoolError | None = None
+    timeline: TimelineMeta | None = None
 
     def take_outputs(self) -> dict[str, Array]:
         """The arrays of a prediction.
@@ -110,7 +112,10 @@ class ReplyDecoder:
                 plan = make_plan(decoded)
                 if decoded.flags == 0:
                     remember(self._plans, header[_ROWS_OFFSET:], plan)
-                return Reply(decoded.id, decode_outputs(plan, frames))
+                timeline = None
+                if decoded.flags & Flag.TIMELINE:
+                    timeline = wire.decode_meta(TimedResultMeta, decoded.meta).timeline
+                return Reply(decoded.id, decode_outputs(plan, frames), timeline=timeline)
             if len(frames) != 1:
                 raise WireError(f"{decoded.kind.name} has {len(frames) - 1} tensor frames; wanted none")
             if decoded.kind is Kind.INFO:

@@ -25,6 +25,7 @@ from pool.client.curve import Key, keys_of
 from pool.client.dial import Dial, Preference, endpoints_of, not_connected
 from pool.client.reply import Reply, read_flag, read_models
 from pool.client.retry import Attempts, Retry
+from pool.client.timeline import answer_with_timeline
 from pool.errors import Cancelled, DeadlineExceeded, PoolError, Unavailable
 
 # Idle connections kept. Each has 4 file descriptors; a burst of more threads than this opens and closes some.
@@ -101,6 +102,7 @@ class Client:
         cast: str | None = None,
         priority: int | None = None,
         retry: Retry | None = None,
+        timeline: bool = False,
     ) -> dict[str, Array]:
         """Run a model on a batch of rows. A request whose timeout passes is withdrawn.
 
@@ -115,6 +117,8 @@ class Client:
             cast: For this call; None for the client's own.
             priority: 0 (first) to 3 (background work); None for what the server gives the model.
             retry: For this call; None for the client's own. `Retry(attempts=1)` is no retry.
+            timeline: Whether to find out where the time went: the result is then an `Answer`, a dict
+                whose attribute `timeline` tells it.
 
         Returns:
             Name -> array of shape [rows, ...], writable and the caller's own. Strings are object
@@ -142,6 +146,7 @@ class Client:
         attempts = None if retry is None else Attempts(retry, began, deadline)
         while True:
             try:
+                began_ns = time.monotonic_ns() if timeline else 0
                 request = self._core.request(
                     model,
                     inputs,
@@ -151,12 +156,18 @@ class Client:
                     timeout_ms=timeout_ms,
                     cast=cast,
                     priority=priority,
+                    timeline=timeline,
                 )
                 if request is not None:
+                    handed_ns = time.monotonic_ns() if timeline else 0
                     reply = self._exchange(request, timeout, deadline)
                     if reply.error is not None:
                         self._core.note_refusal(model, reply.error)
-                    return reply.take_outputs()
+                    outputs_ = reply.take_outputs()
+                    if timeline:
+                        now_ns = time.monotonic_ns()
+                        return answer_with_timeline(outputs_, began_ns, handed_ns, now_ns, reply.timeline)
+                    return outputs_
                 self._learn(model, version, timeout, deadline)
             except PoolError as e:
                 if attempts is None:

@@ -196,6 +196,7 @@ class Batcher:
     def finish(self, slot: Slot, now: float) -> list[Ticket]:
         """The worker answered: the slot is the front's again. Gives the tickets still to be answered."""
         slot.state = next_slot_state(slot.state, SlotEvent.FINISH)
+        slot.answered_at = now
         del self._running[slot.index]
         self._forecast.learn(slot, now)
         self.expect(now)

@@ -37,6 +37,7 @@ from pool.front.questions import Questions
 from pool.front.regions import Regions, private
 from pool.front.route import Route
 from pool.front.slots import LANES, Ticket
+from pool.front.timelines import Timelines
 from pool.front.withdrawing import withdraw
 from pool.wire import FIXED_BYTES, HEAD, HEAD_BYTES, Flag, Header, Kind, PredictMeta
 
@@ -121,6 +122,7 @@ class Endpoint:
             self._router, engine, self._clients, config.max_unread_bytes, mark_bytes, self._again
         )
         self._bundles = Bundles(self._outbound)
+        self._timelines = Timelines(self._outbound)
         self._access = Access(config)
         self._regions = Regions(self._access.is_allowed)
         self._questions = Questions(engine, config, self._outbound, self.describe)
@@ -437,7 +439,10 @@ class Endpoint:
         route = self._find_route(header.meta)
         deadline = now + (header.millis * 1e-3 or route.timeout_s)
         account, key = client.account(route.generation), _key(route, header)
-        turn, sink = self._engine.turn, self._outbound
+        turn = self._engine.turn
+        sink: Outbound | Timelines = self._outbound
+        if header.flags & Flag.TIMELINE:  # in a turn of its own, which began after the message came
+            turn, sink = self._engine.flush(route.generation, 0), self._timelines
         ticket = Ticket(sink, client, header.id, route, header.rows, deadline, turn, key, account)
         tensors: Sequence[memoryview | bytes] = frames
         if header.flags & _REGION and not route.is_numeric:

@@ -127,14 +127,14 @@ class Outbound:
         generation = tickets[0].route.generation
         generation.metrics.answered("OK", len(tickets))
         if not access.is_off:
-            _log_results(tickets, slot)
+            log_results(tickets, slot)
         numeric, reply_row_bytes = reply.numeric, reply.row_bytes
         head, meta, pack = reply.head, reply.meta, HEAD.pack
         if numeric is None:
             for ticket in tickets:
                 header = pack(head, ticket.id, 0, ticket.rows) + meta
                 payloads = reply.payloads(generation.views[slot.index], ticket.start, ticket.rows)
-                self._send_message(ticket.client, header, payloads)
+                self.send_message(ticket.client, header, payloads)
             return
         view, send = generation.views[slot.index], self._send
         added = _MESSAGE_BYTES + wire.FIXED_BYTES + len(meta)
@@ -172,7 +172,7 @@ class Outbound:
         generation = first.route.generation
         generation.metrics.answered("OK", len(tickets))
         if not access.is_off:
-            _log_results(tickets, slot)
+            log_results(tickets, slot)
         self._send_rows(
             first.client, header, [table], len(tickets), generation, reply, slot, first.start, rows
         )
@@ -181,9 +181,9 @@ class Outbound:
         """Send a result joined from several batches."""
         ticket.route.generation.metrics.answered("OK")
         if not access.is_off:
-            _log_results([ticket], None)
+            log_results([ticket], None)
         header = Header(Kind.RESULT, ticket.id, reply.meta, rows=ticket.rows, flags=reply.flags)
-        self._send_message(ticket.client, wire.encode_header(header), frames)
+        self.send_message(ticket.client, wire.encode_header(header), frames)
 
     def _send_rows(
         self,
@@ -208,7 +208,7 @@ class Outbound:
                 if is_lent and size >= _ZERO_COPY_TENSOR_BYTES
                 else view[at : at + size]
             )
-        self._send_message(client, header, frames, replies, generation, slot)
+        self.send_message(client, header, frames, replies, generation, slot)
 
     def _may_pin(self, client: Client, generation: Generation, slot: Slot) -> bool:
         """Whether a slot can be spared until this client has read from it.
@@ -237,7 +237,7 @@ class Outbound:
         self._count(refusal, 1)
         if not access.is_off:
             self._log_refusal(client, (id_,), refusal)
-        self._send_message(client, HEAD.pack(_ERROR, id_, refusal.millis, 0) + refusal.meta, ())
+        self.send_message(client, HEAD.pack(_ERROR, id_, refusal.millis, 0) + refusal.meta, ())
 
     def refuse_bundled(
         self, client: Client, ids: Sequence[int], error: PoolError, metrics: ModelMetrics
@@ -251,7 +251,7 @@ class Outbound:
         if not access.is_off:
             self._log_refusal(client, ids, refusal)
         header = HEAD.pack(_ERROR_BUNDLE, 0, refusal.millis, 0) + refusal.meta
-        self._send_message(client, header, [wire.encode_ids(ids)], len(ids))
+        self.send_message(client, header, [wire.encode_ids(ids)], len(ids))
 
     @staticmethod
     def _log_refusal(client: Client, ids: Sequence[int], refusal: Refusal) -> None:
@@ -274,11 +274,11 @@ class Outbound:
     def inform(self, client: Client, id_: int, document: dict[str, Any]) -> None:
         """Send the answer to a question."""
         header = wire.encode_header(Header(Kind.INFO, id_, wire.encode_info(document)))
-        self._send_message(client, header, ())
+        self.send_message(client, header, ())
 
     # -- messages -----------------------------------------------------------------------------------
 
-    def _send_message(
+    def send_message(
         self,
         client: Client,
         header: bytes,
@@ -354,7 +354,7 @@ class Outbound:
         self._on_sent()
 
 
-def _log_results(tickets: Sequence[Ticket], slot: Slot | None) -> None:
+def log_results(tickets: Sequence[Ticket], slot: Slot | None) -> None:
     """A line for each result: of what was split over batches (no `slot`), only when it came and its rows."""
     now = time.monotonic()
     for ticket in tickets:

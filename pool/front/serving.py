@@ -125,6 +125,7 @@ class Serving:
     def _run(self, slot: Slot, worker: Worker) -> None:
         tickets = slot.tickets or slot.aside
         self.generation.arena.describe(slot.index, tickets[0].route.layout)
+        slot.place = worker.index
         self.replicas.run(worker, slot)
         self.running += 1
 

@@ -112,6 +112,8 @@ class Slot:
         opened_at: When its first row was placed.
         predicted_at: When its batch was predicted to be done, as its first row was placed.
         has_waited: Whether no worker was ready then.
+        place: The index of `worker` within the model.
+        answered_at: When `worker` answered.
         dispatched_at: When it was given to `worker`.
         earliest_deadline: Of its unsettled tickets.
         generation: Counts dispatches: a stale answer carries an old number.
@@ -125,6 +127,7 @@ class Slot:
     """
 
     __slots__ = (
+        "answered_at",
         "aside",
         "capacity",
         "closed_by",
@@ -138,6 +141,7 @@ class Slot:
         "key",
         "opened_at",
         "pins",
+        "place",
         "predicted_at",
         "rows",
         "runs",
@@ -163,6 +167,8 @@ class Slot:
         self.predicted_at = 0.0
         self.has_waited = False
         self.dispatched_at = 0.0
+        self.answered_at = 0.0
+        self.place = -1
         self.earliest_deadline = inf
         self.worker: int | None = None
         self.pins = 0
