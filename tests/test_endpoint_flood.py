@@ -52,7 +52,7 @@ def handled(served):
 @pytest.mark.parametrize(
     ("send", "most"),
     [
-        (lambda raw: raw.send(drill("slow")), 2 * DRAIN),
+        (lambda raw: raw.send(drill("slow")), 3 * DRAIN),
         # Bundles count for less than their requests, as they cost less; the last of a turn goes beyond.
         (lambda raw: raw.send(drill_bundle("slow", [(next(ids), 0, 1) for _ in range(64)])), 2 * 64 * DRAIN),
     ],
