@@ -258,6 +258,11 @@ REFUSED = {
         errors.InvalidInput,
         "no output 'z'; wanted 'a', 'x', 'y'",
     ),
+    "no output": (
+        predict(PredictMeta("linear", None, None, LINEAR, ()), [b"\0" * 4] * 3),
+        errors.InvalidInput,
+        "outputs is empty; wanted 'a', 'x', 'y'",
+    ),
     "meta that is not msgpack": (
         [wire.encode_header(Header(Kind.PREDICT, 7, b"\xc1\xc1")), b""],
         errors.WireError,

@@ -139,6 +139,7 @@ class Outbound:
         view, send = generation.views[slot.index], self._send
         added = _MESSAGE_BYTES + wire.FIXED_BYTES + len(meta)
         last = len(numeric) - 1
+        assert last >= 0, "a message that does not end would swallow the next"
         sent = 0
         for ticket in tickets:
             rows, client = ticket.rows, ticket.client

@@ -101,11 +101,15 @@ def choose_outputs(signature: Signature, names: tuple[str, ...] | None) -> tuple
     """Indices of the outputs of these names; of all for None.
 
     Raises:
-        InvalidInput: there is no such output, or one is named twice.
+        InvalidInput: there is no such output, one is named twice, or there would be none: a RESULT has at
+            least one tensor (`docs/wire.md` 3.6).
     """
-    if names is None:
-        return tuple(range(len(signature.outputs)))
     position = {spec.name: i for i, spec in enumerate(signature.outputs)}
+    if names is None:
+        names = tuple(position)
+    if not names:
+        wanted = ", ".join(repr(n) for n in position) or "a signature that has outputs"
+        raise InvalidInput(f"outputs is empty; wanted {wanted}")
     for name in names:
         if name not in position:
             wanted = ", ".join(repr(n) for n in position)
