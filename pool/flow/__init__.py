@@ -1,0 +1,39 @@
+"""Per-user pipelines, actors and channels over one pool, in plain coroutines. Runs in the caller's process.
+
+    channel    CSP: bounded channels, `select`; `stages` joins them
+    actor      objects with a mailbox and a parent that supervises them
+    pipeline   the steps each user's messages take; `model` makes a step of a prediction
+    registry   what there is one of for each user, until it has been idle for long enough
+
+It needs an asyncio loop and, for predictions, a `pool.Predictor`: a `Pool` or an `AsyncClient`.
+"""
+
+from pool.flow.actor import Actor, ActorStopped, Directive, Ref, Supervision, System
+from pool.flow.channel import Channel, ChannelClosed, select
+from pool.flow.deadline import within
+from pool.flow.model import Model
+from pool.flow.pipeline import Pipeline, Pipelines, Step, fork
+from pool.flow.registry import Registry
+from pool.flow.stages import fan_in, fan_out, stage
+
+__all__ = [
+    "Actor",
+    "ActorStopped",
+    "Channel",
+    "ChannelClosed",
+    "Directive",
+    "Model",
+    "Pipeline",
+    "Pipelines",
+    "Ref",
+    "Registry",
+    "Step",
+    "Supervision",
+    "System",
+    "fan_in",
+    "fan_out",
+    "fork",
+    "select",
+    "stage",
+    "within",
+]
