@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -215,7 +216,8 @@ def test_large_answers_that_came_together_share_no_memory(both):
         for x, answer in zip(inputs, answers, strict=True):
             (array,) = answer.values()
             np.testing.assert_array_equal(array, x * 2)
-            assert array.nbytes == x.nbytes
+            whole = array if array.base is None else array.base
+            assert memoryview(whole).nbytes == x.nbytes  # not that of the batch
 
     both(call)
 
@@ -532,6 +534,44 @@ def test_a_call_cancelled_in_the_turn_of_its_answer_is_cancelled(run, config):
                 await asyncio.wait([call])
                 assert call.cancelled() or call.result()["y"].tolist() == ANSWER.tolist()
             await queued(pool, 0)
+
+    run(main())
+
+
+def test_a_call_cancelled_when_its_answer_is_there_drops_it(run, config):
+    async def main():
+        async with Pool.from_file(config()) as pool:
+            call = asyncio.create_task(pool.predict("m", row()))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # its batch is with the worker
+            call.cancel()
+            time.sleep(0.05)  # the loop hears of the answer before the rows can be withdrawn
+            await asyncio.wait([call])
+            assert call.cancelled()
+            assert (await pool.predict("m", row()))["y"].tolist() == ANSWER.tolist()
+
+    run(main())
+
+
+def test_the_application_is_one_client_of_several(run, config):
+    async def main():
+        async with Pool.from_file(config(max_batch_size=8, slots=4, max_inflight_rows=3)) as pool:
+            async with Stopped(pool):
+                calls = [asyncio.create_task(pool.predict("m", row())) for _ in range(3)]
+                await asyncio.sleep(0)
+                with pytest.raises(errors.Overloaded, match="it has 3 of at most 3"):
+                    await pool.predict("m", row())
+            await asyncio.gather(*calls)
+            await pool.predict("m", row(rows=3))
+
+    run(main())
+
+
+def test_a_call_without_a_timeout_has_that_of_the_model(run, config):
+    async def main():
+        async with Pool.from_file(config(request_timeout_ms=20), timeout=math.inf) as pool:
+            with pytest.raises(errors.DeadlineExceeded):
+                await pool.predict("m", row(Fault.HANG))
 
     run(main())
 

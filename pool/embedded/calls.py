@@ -195,8 +195,6 @@ class Calls:
         turn = self._engine.turn
         if not self._touched:
             turn.started = turn.ended = now
-            self._loop.call_soon(self._flush)
-        self._touched[generation] = self._touched.get(generation, 0) + 1
         ticket = Ticket(self, self._self, future, route, rows, now + patience, turn, key, account)
         slot: Slot | None = None
         if (
@@ -214,7 +212,6 @@ class Calls:
             try:
                 generation.place(ticket, frames, now)
             except PoolError as e:
-                self._touched[generation] -= 1
                 self._count(generation, e.code)
                 raise
         else:
@@ -223,10 +220,14 @@ class Calls:
                 at = offset + start * row_bytes
                 view[at : at + rows * row_bytes] = frame
             batcher.commit(slot, ticket, now)
-            if slot.rows == slot.capacity:  # a full batch need not wait for the next turn
-                self._engine.flush(generation, self._touched[generation])
-                self._touched[generation] = 0
         self.requests += 1
+        if not self._touched:
+            self._loop.call_soon(self._flush)
+        placed = self._touched.get(generation, 0) + 1
+        if slot is not None and slot.rows == slot.capacity:  # a full batch need not wait for the next turn
+            self._engine.flush(generation, placed)
+            placed = 0
+        self._touched[generation] = placed
         return future
 
     def _flush(self) -> None:

@@ -321,8 +321,6 @@ class _Cell:
 
     def child_failed(self, child: _Cell, actor: Actor[Any, Any], error: Exception) -> None:
         """Decide what becomes of a child, in a task of its own."""
-        if self._is_held:
-            return  # whatever becomes of this one, its children end
         if self._failures is None:
             self._failures = deque()
         self._failures.append((child, actor, error))
@@ -331,7 +329,7 @@ class _Cell:
 
     async def _supervise(self, failures: deque[tuple[_Cell, Actor[Any, Any], Exception]]) -> None:
         try:
-            while failures and not self._is_held:
+            while failures and not self._is_held:  # held: whatever becomes of this one, its children end
                 child, actor, error = failures.popleft()
                 if child._actor is not actor or child._stopping is not None:
                     continue  # replaced since, or ending

@@ -38,7 +38,7 @@ class Model:
         self.name = name
         self._free = in_flight
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._learning: asyncio.Future[ModelInfo] | None = None
+        self._learning: asyncio.Future[ModelInfo | PoolError] | None = None
 
     def predict(
         self,
@@ -97,17 +97,21 @@ class Model:
 
     async def _learn(self) -> None:
         """Ask how many places there are, once for all that want to know."""
-        if self._learning is None:
-            self._learning = asyncio.ensure_future(self._predictor.signature(self.name))
+        if self._learning is None or self._learning.done():
+            self._learning = asyncio.ensure_future(self._ask())
         learning = self._learning
         await asyncio.wait([learning])
-        self._learning = None
-        try:
-            info = learning.result()
-        except PoolError as e:
-            raise error_from_code(e.code, e.message, retry_after_ms=e.retry_after_ms) from None
+        info = learning.result()
+        if isinstance(info, PoolError):  # an error each: whoever raises one writes its traceback into it
+            raise error_from_code(info.code, info.message, retry_after_ms=info.retry_after_ms)
         if self._free is None:
             self._free = info.max_rows or _IN_FLIGHT
+
+    async def _ask(self) -> ModelInfo | PoolError:
+        try:
+            return await self._predictor.signature(self.name)
+        except PoolError as e:
+            return e
 
     def _pass_on(self) -> None:
         """A place is free: the next one's."""
