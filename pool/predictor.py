@@ -34,6 +34,7 @@ class Predictor(Protocol):
         cast: str | None = None,
         priority: int | None = None,
         retry: Retry | None = None,
+        timeline: bool = False,
     ) -> dict[str, npt.NDArray[Any]]:
         """Run a model on a batch of rows; cancelling the call withdraws the request.
 
@@ -48,6 +49,8 @@ class Predictor(Protocol):
             cast: `"safe"` or `"same_kind"`, for this call; None for the predictor's own.
             priority: 0 (first) to 3 (background work); None for what the configuration gives the model.
             retry: For this call; None for the predictor's own. `Retry(attempts=1)` is no retry.
+            timeline: Whether to find out where the time went: the result is then a `pool.Answer`, a dict
+                whose attribute `timeline` tells it.
 
         Returns:
             Name -> array of shape [rows, ...], writable and the caller's own. Strings are object

@@ -205,6 +205,21 @@ def test_answers_that_came_together_are_each_their_own(both):
     assert remote == embedded
 
 
+@pytest.mark.parametrize("rows", [1, 16, 40])
+def test_a_prediction_tells_where_its_time_went(both, rows):
+    def call(predictor):
+        return predictor.predict("root", floats(rows), timeline=True)
+
+    for answer in both(call):
+        np.testing.assert_allclose(answer["y"], np.sqrt(floats(rows)), rtol=1e-6)
+        timeline = answer.timeline
+        assert timeline.is_one_clock
+        assert min(timeline.stages.values()) >= 0
+        assert timeline.total_ns == sum(timeline.stages.values()) > timeline.model_ns
+        assert (timeline.worker, timeline.batch_rows) == ((0, rows) if rows < 40 else (-1, 0))
+    assert timeline.inbound_ns == 0  # of the pool: nothing lies between
+
+
 def test_large_answers_that_came_together_share_no_memory(both):
     side = 60
     assert 4 * side * side * 8 > SLICED_BYTES

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from math import inf
 from typing import Any
 
@@ -29,9 +30,19 @@ from pool.front.generation import Generation
 from pool.front.replies import Join, Reply
 from pool.front.route import Route
 from pool.front.slots import Slot, Ticket
+from pool.front.timelines import timeline_of, timeline_of_several
 from pool.front.withdrawing import withdraw
 from pool.signature import numpy_dtype
-from pool.wire import Header, Kind, PredictMeta, ResultMeta
+from pool.wire import Header, Kind, PredictMeta, ResultMeta, TimelineMeta
+
+
+class Timed(dict[str, Array]):
+    """Outputs, and the stages their rows went through."""
+
+    def __init__(self, outputs: dict[str, Array], timeline: TimelineMeta) -> None:
+        super().__init__(outputs)
+        self.timeline = timeline
+
 
 # A future never gets an exception: one that nobody waits for any more then goes without a word.
 Answer = dict[str, Array] | PoolError
@@ -81,6 +92,7 @@ class Calls:
         self._cast = check_cast(cast)
         self._core = ClientCore(cast=cast)
         self._loop = asyncio.get_running_loop()
+        self._timelines = _Timelines(self)
         self._self = Client(b"", -1, 0)  # the application is one client among others
         self._ways: dict[_Call, _Way] = {}
         self._routes: dict[bytes, Route] = {}
@@ -104,6 +116,7 @@ class Calls:
         cast: str | None,
         priority: int | None,
         patience: float,
+        timeline: bool,
     ) -> Future:
         """Place a request; its future gets the answer, whatever that is.
 
@@ -116,6 +129,7 @@ class Calls:
             cast: Overrides the calls' own.
             priority: 0 to 3.
             patience: Seconds the caller waits; `inf` for as long as the model's configuration says.
+            timeline: Whether the answer is to be `Timed`.
 
         Raises:
             PoolError: it is refused; the same errors as of a server, for the same reasons.
@@ -145,7 +159,7 @@ class Calls:
         key = route.key if priority is None else route.keys[check_priority(priority)]
         if patience == inf:
             patience = route.timeout_s
-        return self._place(route, key, rows, frames, patience)
+        return self._place(route, key, rows, frames, patience, timeline)
 
     def _find_way(self, call: _Call) -> _Way:
         model, version, _, _ = call
@@ -185,7 +199,9 @@ class Calls:
         accounts = self._self.accounts
         self._self.accounts = {with_: account for with_, account in accounts.items() if account.rows}
 
-    def _place(self, route: Route, key: int, rows: int, frames: list[Frame], patience: float) -> Future:
+    def _place(
+        self, route: Route, key: int, rows: int, frames: list[Frame], patience: float, timeline: bool
+    ) -> Future:
         """As `Endpoint` does: straight into the open slot if it has room, else the general way."""
         future: Future = self._loop.create_future()
         now = time.monotonic()
@@ -193,9 +209,12 @@ class Calls:
         batcher = generation.batcher
         account = self._self.accounts.get(generation) or self._self.account(generation)
         turn = self._engine.turn
-        if not self._touched:
+        sink: Calls | _Timelines = self
+        if timeline:  # in a turn of its own, which begins now
+            turn, sink = self._engine.flush(generation, self._touched.pop(generation, 0)), self._timelines
+        elif not self._touched:
             turn.started = turn.ended = now
-        ticket = Ticket(self, self._self, future, route, rows, now + patience, turn, key, account)
+        ticket = Ticket(sink, self._self, future, route, rows, now + patience, turn, key, account)
         slot: Slot | None = None
         if (
             route.is_numeric
@@ -238,16 +257,15 @@ class Calls:
 
     # -- answers (Sink) -----------------------------------------------------------------------------
 
-    def send_results(self, tickets: list[Ticket], reply: Reply, slot: Slot) -> None:
+    def send_results(self, tickets: Sequence[Ticket], reply: Reply, slot: Slot) -> None:
         """Copy rows out of a finished slot, and give each future its own."""
         generation = tickets[0].route.generation
-        self.replies += len(tickets)
-        generation.metrics.answered("OK", len(tickets))
+        self.answered(generation, len(tickets))
         view = generation.views[slot.index]
         if reply.numeric is None or reply.flags:
             for ticket in tickets:
                 payloads = reply.payloads(view, ticket.start, ticket.rows)
-                _answer(ticket.id, _decode(reply, ticket.rows, [bytes(payload) for payload in payloads]))
+                _answer(ticket.id, _decode(reply, ticket.rows, payloads))
             return
         columns = self._columns.get(reply)
         if columns is None:
@@ -269,8 +287,7 @@ class Calls:
 
     def send_frames(self, ticket: Ticket, reply: Reply, frames: list[bytes]) -> None:
         """A result joined from several batches."""
-        self.replies += 1
-        ticket.route.generation.metrics.answered("OK")
+        self.answered(ticket.route.generation, 1)
         _answer(ticket.id, _decode(reply, ticket.rows, frames))
 
     def send_error(self, ticket: Ticket, error: PoolError) -> None:
@@ -278,6 +295,11 @@ class Calls:
         self._count(ticket.route.generation, error.code)
         own = error_from_code(error.code, error.message, retry_after_ms=error.retry_after_ms)
         _answer(ticket.id, own)
+
+    def answered(self, generation: Generation, count: int) -> None:
+        """Count results."""
+        self.replies += count
+        generation.metrics.answered("OK", count)
 
     def _count(self, generation: Generation, code: str) -> None:
         generation.metrics.answered(code)
@@ -309,15 +331,41 @@ class Calls:
         self._withdraw()
 
 
+class _Timelines:
+    """The sink of requests that ask for their time line. They are rare and need not be fast.
+
+    Args:
+        calls: Counts the answers.
+    """
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+        self.send_error = calls.send_error
+
+    def send_results(self, tickets: Sequence[Ticket], reply: Reply, slot: Slot) -> None:
+        """Give each future its rows, with the stages they went through."""
+        for ticket in tickets:
+            payloads = reply.payloads(ticket.route.generation.views[slot.index], ticket.start, ticket.rows)
+            self._send(ticket, _decode(reply, ticket.rows, payloads), timeline_of(ticket, slot))
+
+    def send_frames(self, ticket: Ticket, reply: Reply, frames: list[bytes]) -> None:
+        """A result joined from several batches."""
+        self._send(ticket, _decode(reply, ticket.rows, frames), timeline_of_several(ticket))
+
+    def _send(self, ticket: Ticket, outputs: dict[str, Array], timeline: TimelineMeta) -> None:
+        self._calls.answered(ticket.route.generation, 1)
+        _answer(ticket.id, Timed(outputs, timeline))
+
+
 def _answer(future: Future, answer: Answer) -> None:
     if not future.done():  # done: cancelled, and not withdrawn yet
         future.set_result(answer)
 
 
-def _decode(reply: Reply, rows: int, frames: list[bytes]) -> dict[str, Array]:
-    """Any result."""
+def _decode(reply: Reply, rows: int, payloads: Sequence[memoryview | bytes]) -> dict[str, Array]:
+    """Any result; the payloads are copied."""
     plan = make_plan(Header(Kind.RESULT, 0, reply.meta, rows=rows, flags=reply.flags))
-    return decode_outputs(plan, [b"", *frames])
+    return decode_outputs(plan, [b"", *map(bytes, payloads)])
 
 
 def _columns(reply: Reply) -> list[_Column]:

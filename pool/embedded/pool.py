@@ -7,6 +7,7 @@ It installs no signal handler and configures no logging: both are the applicatio
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 import random
@@ -20,12 +21,14 @@ import msgspec
 from pool.client.conversion import Array, check_cast
 from pool.client.core import ModelInfo, check_model, check_timeout, output_names
 from pool.client.retry import Attempts, Retry
+from pool.client.timeline import answer_with_timeline
 from pool.config import Config, load_config
-from pool.embedded.calls import Answer, Calls, Future
+from pool.embedded.calls import Answer, Calls, Future, Timed
 from pool.endpoints import check_endpoint, default_endpoint
 from pool.errors import Cancelled, ConfigError, DeadlineExceeded, PoolError, Unavailable
 from pool.front.endpoint import Endpoint
 from pool.front.engine import Engine
+from pool.front.logs import ACCESS
 from pool.predictor import Predictor
 
 # Seconds. Loops count timers in milliseconds and may ring this much early.
@@ -101,6 +104,8 @@ class Pool(Predictor):
         self._loop = asyncio.get_running_loop()
         self._closed = self._loop.create_future()
         self._started_at = time.monotonic()
+        # Of the log, this alone: it has a line for each answer, and is slow even where nobody reads it.
+        logging.getLogger(ACCESS).disabled = not self._config.server.access_log
         self._engine = Engine(self._config)
         self._calls = Calls(self._engine, self._cast)
         self._starting = self._loop.create_task(self._engine.start())
@@ -240,6 +245,7 @@ class Pool(Predictor):
         cast: str | None = None,
         priority: int | None = None,
         retry: Retry | None = None,
+        timeline: bool = False,
     ) -> dict[str, Array]:
         """As `Predictor.predict`; the inputs are copied before it waits for the first time."""
         if timeout is None:
@@ -261,8 +267,17 @@ class Pool(Predictor):
             future: Future | None = None
             answer: Answer | None = None
             try:
-                future = calls.begin(model, inputs, version, signature, outputs, cast, priority, patience)
+                began_ns = time.monotonic_ns() if timeline else 0
+                future = calls.begin(
+                    model, inputs, version, signature, outputs, cast, priority, patience, timeline
+                )
                 answer = await future
+                if isinstance(answer, Timed):
+                    # Nothing lies between this call and the front: what it did before the rows were read
+                    # is `send`, and there is no way there.
+                    ended_ns, received_ns = time.monotonic_ns(), answer.timeline.received_ns
+                    handed_ns = max(began_ns, received_ns)
+                    return answer_with_timeline(answer, began_ns, handed_ns, ended_ns, answer.timeline)
                 if isinstance(answer, dict):
                     return answer
                 raise answer

@@ -1,4 +1,4 @@
-"""Results that carry their own time line (`docs/wire.md` 3.11). Runs in the front.
+"""Results with their own time line (`docs/wire.md` 3.11). Runs in the front.
 
 Such requests are rare and need not be fast: each is answered by a message of its own, copied.
 """
@@ -31,31 +31,15 @@ class Timelines:
         if not access.is_off:
             log_results(tickets, slot)
         for ticket in tickets:
-            generation = ticket.route.generation
-            began_ns, ended_ns, _ = generation.arena.read_run_record(slot.index)
-            payloads = reply.payloads(generation.views[slot.index], ticket.start, ticket.rows)
-            received, dispatched, answered, now = _ns(
-                ticket.turn.ended, slot.dispatched_at, slot.answered_at, time.monotonic()
-            )
-            timeline = TimelineMeta(
-                received_ns=_ns(ticket.turn.started)[0],
-                receive_ns=received - _ns(ticket.turn.started)[0],
-                queue_ns=dispatched - received,
-                run_ns=answered - dispatched,
-                reply_ns=now - answered,
-                model_ns=max(0, ended_ns - began_ns),
-                batch_rows=slot.rows,
-                worker=slot.place,
-            )
-            self._send(ticket, reply, payloads, timeline)
+            view = ticket.route.generation.views[slot.index]
+            payloads = reply.payloads(view, ticket.start, ticket.rows)
+            self._send(ticket, reply, payloads, timeline_of(ticket, slot))
 
     def send_frames(self, ticket: Ticket, reply: Reply, frames: list[bytes]) -> None:
-        """Send a result joined from several batches: all from the first to the last of them is its run."""
+        """Send a result joined from several batches."""
         if not access.is_off:
             log_results([ticket], None)
-        started, received, now = _ns(ticket.turn.started, ticket.turn.ended, time.monotonic())
-        timeline = TimelineMeta(started, received - started, 0, now - received, 0, 0, 0, -1)
-        self._send(ticket, reply, frames, timeline)
+        self._send(ticket, reply, frames, timeline_of_several(ticket))
 
     def send_error(self, ticket: Ticket, error: PoolError) -> None:
         """Send an error, which has no time line."""
@@ -68,6 +52,30 @@ class Timelines:
         meta = wire.add_timeline(reply.meta, timeline)
         header = Header(Kind.RESULT, ticket.id, meta, rows=ticket.rows, flags=reply.flags | Flag.TIMELINE)
         self._outbound.send_message(ticket.client, wire.encode_header(header), payloads)
+
+
+def timeline_of(ticket: Ticket, slot: Slot) -> TimelineMeta:
+    """The stages of a request that ran in one batch, whose slot is not given back yet."""
+    began_ns, ended_ns, _ = ticket.route.generation.arena.read_run_record(slot.index)
+    started, received, dispatched, answered, now = _ns(
+        ticket.turn.started, ticket.turn.ended, slot.dispatched_at, slot.answered_at, time.monotonic()
+    )
+    return TimelineMeta(
+        received_ns=started,
+        receive_ns=received - started,
+        queue_ns=dispatched - received,
+        run_ns=answered - dispatched,
+        reply_ns=now - answered,
+        model_ns=max(0, ended_ns - began_ns),
+        batch_rows=slot.rows,
+        worker=slot.place,
+    )
+
+
+def timeline_of_several(ticket: Ticket) -> TimelineMeta:
+    """The stages of a request split over batches: all from the first to the last of them is its run."""
+    started, received, now = _ns(ticket.turn.started, ticket.turn.ended, time.monotonic())
+    return TimelineMeta(started, received - started, 0, now - received, 0, 0, 0, -1)
 
 
 def _ns(*moments: float) -> tuple[int, ...]:
