@@ -16,6 +16,7 @@ from typing import Any
 from bench import readme
 from bench.faults import faults
 from bench.figures import Figure, at_least, at_most, fact
+from bench.flow import flow
 from bench.machine import describe
 from bench.overload import overload
 from bench.processes import Bare, server
@@ -108,6 +109,7 @@ MEASUREMENTS: dict[str, Callable[[int], list[Figure]]] = {
     "mobilenet": mobilenet,
     "faults": faults,
     "overload": overload,
+    "flow": flow,
 }
 
 
