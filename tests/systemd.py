@@ -11,6 +11,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,6 +56,8 @@ def why_not() -> str:
         return f"no {', '.join(absent)} here"
     if os.geteuid() != 0:
         return "booting systemd takes root"
+    if os.path.realpath(sys.prefix).startswith(("/tmp/", "/var/tmp/")):
+        return f"{sys.prefix} is not there for a unit with a /tmp of its own"
     script = "mount --make-rprivate / && mount -t proc proc /proc && mount -t cgroup2 cgroup2 /sys/fs/cgroup"
     tried = subprocess.run(
         ["unshare", *_NAMESPACES, "--fork", "sh", "-c", script], capture_output=True, text=True, check=False

@@ -259,7 +259,7 @@ def test_a_worker_that_segfaults_is_told_by_its_signal(shared):
 def test_a_worker_that_keeps_dying_is_given_up_and_its_model_answers_so(shared):
     seen = set()
     while (worker := shared.worker("doomed"))["state"] != "failed":
-        if worker["pid"] in seen or worker["state"] != "ready":
+        if worker["pid"] in (None, *seen) or worker["state"] != "ready":
             continue
         seen.add(worker["pid"])
         shared.send(worker["pid"], signal.SIGKILL)
