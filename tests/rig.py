@@ -199,9 +199,10 @@ class Rig:
         """Dispatch one batch."""
         self.batcher.worker_ready(0)
         started = [slot for slot, _ in self.batcher.dispatch(self.now)]
-        if not started:
-            self.batcher.worker_lost(0)
-        return started
+        for slot in started[1:]:
+            self.batcher.recall(slot, self.now)
+        self.batcher.worker_lost(0)
+        return started[:1]
 
     def finish(self, slot: Slot) -> Message:
         """Run a dispatched batch, send its answers and give the slot back."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from math import inf
 from types import SimpleNamespace
 
@@ -86,6 +87,9 @@ class BatcherMachine(RuleBasedStateMachine):
         self.placed = []
         self.ready = set()
         self.busy = {}  # worker -> slot
+        self.ahead = {}  # worker -> slot it runs next
+        self.takes_ahead = []  # busy workers that could have one, longest busy first
+        self.begun = set()  # slots that were ahead and could not be taken back
         self.dead = []  # slots whose worker died and is not waited for yet
 
     # -- what the model expects ---------------------------------------------------------------------
@@ -102,6 +106,7 @@ class BatcherMachine(RuleBasedStateMachine):
     def waiting(self):
         """Slots that wait for a worker, by lane: those that run again first, then oldest first row first."""
         slots = [slot for slot in self.mirrors_in(SlotState.OPEN) if self.mirrors[slot].placed]
+        slots = [slot for slot in slots if not self.mirrors[slot].is_queued]
         slots.sort(key=lambda slot: (slot.key & 3, self.mirrors[slot].placed[0].number))
         again = [slot for slot in reversed(self.requeued) if self.mirrors[slot].is_queued]
         return sorted([*again, *slots], key=lambda slot: slot.key & 3)
@@ -112,9 +117,10 @@ class BatcherMachine(RuleBasedStateMachine):
         for slot in self.waiting():
             if self.is_due(slot):
                 firsts.setdefault(slot.key & 3, slot)
-        return min(
-            firsts.values(), key=lambda slot: (slot.opened_at + (slot.key & 3) * AGEING_S, slot.key & 3)
-        )
+        return min(firsts.values(), key=lambda slot: (self.due(slot), slot.key & 3), default=None)
+
+    def due(self, slot):
+        return slot.opened_at + (slot.key & 3) * AGEING_S
 
     def is_due(self, slot):
         mirror = self.mirrors[slot]
@@ -201,27 +207,76 @@ class BatcherMachine(RuleBasedStateMachine):
 
     @rule(worker=st.sampled_from(WORKERS))
     def worker_ready(self, worker):
-        if worker not in self.ready and worker not in self.busy:
-            self.batcher.worker_ready(worker)
+        if worker in self.ready or worker in self.takes_ahead or worker in self.ahead:
+            return
+        if any(self.mirrors[slot].worker == worker for slot in self.dead):
+            return
+        self.batcher.worker_ready(worker)
+        if worker in self.busy:
+            self.takes_ahead.append(worker)
+        else:
             self.ready.add(worker)
 
     @rule(worker=st.sampled_from(WORKERS))
     def worker_lost(self, worker):
         self.batcher.worker_lost(worker)
         self.ready.discard(worker)
+        if worker in self.takes_ahead:
+            self.takes_ahead.remove(worker)
         if worker in self.busy:
             self.dead.append(self.busy.pop(worker))
 
-    @rule()
+    @rule(data=st.data())
+    def dispatch_and_take_back(self, data):
+        self.dispatch()
+        while (slot := self.batcher.recallable(self.now)) is not None:
+            assert slot in self.ahead.values()
+            if not self.ready and not any(each.ticket.is_settled for each in self.mirrors[slot].placed):
+                assert self.due(self.goes_next()) < self.due(slot), "there was no reason"
+            if data.draw(st.booleans(), "its worker has begun with it"):
+                self.begun.add(slot)
+                return
+            worker = self.mirrors[slot].worker
+            if worker in self.busy and data.draw(st.booleans(), "its worker has got that one alone"):
+                slot = self.busy[worker]
+            self.recall(slot)
+            self.dispatch()
+        assert not (self.ready and self.ahead), "a batch waits for a busy worker while another idles"
+        first = self.goes_next()
+        for slot in self.ahead.values():
+            urgent = first is not None and first.key & 3 < slot.key & 3 and self.due(first) < self.due(slot)
+            assert not urgent, "the batch that goes next waits for another"
+        for slot in {*self.ahead.values()} - self.begun:
+            assert not any(each.ticket.is_settled for each in self.mirrors[slot].placed), "is about to run"
+
+    def recall(self, slot):
+        self.batcher.recall(slot, self.now)
+        mirror = self.mirrors[slot]
+        other = self.ahead.pop(mirror.worker)
+        if other is not slot:
+            self.busy[mirror.worker] = other
+            self.mirrors[other].dispatched_at = self.now
+        mirror.state, mirror.worker, mirror.is_queued = SlotState.OPEN, None, True
+        self.requeued = [each for each in self.requeued if each is not slot] + [slot]
+        self.drop_settled()
+
     def dispatch(self):
         for slot, worker in self.batcher.dispatch(self.now):
             assert slot is self.goes_next(), "not the batch whose turn it is"
-            assert worker in self.ready
             assert 0 <= slot.rows <= slot.capacity
             assert slot.dispatched_at == self.now
             assert slot.worker == worker
+            if self.ready:
+                assert worker in self.ready
+                self.ready.remove(worker)
+                self.takes_ahead.append(worker)
+                self.busy[worker] = slot
+            else:
+                assert worker == self.takes_ahead.pop(0), "not the worker that is likely to be free first"
+                assert not self.mirrors[slot].takes_more, "rows that come could have joined it"
+                assert slot.runs == 1, "who failed before may take down another"
+                self.ahead[worker] = slot
             self.ran(slot, worker)
-            self.ready.remove(worker)
         assert not (self.ready and any(map(self.is_due, self.waiting()))), "a ready worker idles"
 
     def ran(self, slot, worker):
@@ -230,7 +285,15 @@ class BatcherMachine(RuleBasedStateMachine):
         mirror.is_queued = False
         mirror.dispatched_at = self.now
         self.overdue.discard(slot)
-        self.busy[worker] = slot
+        self.begun.discard(slot)
+
+    def finished(self, worker):
+        """What becomes of a worker that answered, until it is said to be ready."""
+        if worker in self.takes_ahead:
+            self.takes_ahead.remove(worker)
+        if worker in self.ahead:
+            self.busy[worker] = self.ahead.pop(worker)
+            self.mirrors[self.busy[worker]].dispatched_at = self.now
 
     @precondition(lambda self: self.busy)
     @rule(data=st.data())
@@ -239,6 +302,7 @@ class BatcherMachine(RuleBasedStateMachine):
         slot = self.busy.pop(worker)
         mirror = self.mirrors[slot]
         tickets = self.batcher.finish(slot, self.now)
+        self.finished(worker)
         assert tickets == [each.ticket for each in mirror.placed if not each.ticket.is_settled]
         for each in mirror.placed:
             start = each.ticket.start
@@ -277,6 +341,7 @@ class BatcherMachine(RuleBasedStateMachine):
         if data.draw(st.booleans(), "to a worker of its own"):
             worker = 100 + slot.index
             self.batcher.dispatch_to(slot, worker, self.now)
+            self.busy[worker] = slot
             self.ran(slot, worker)
         else:
             self.batcher.requeue(slot)
@@ -306,6 +371,8 @@ class BatcherMachine(RuleBasedStateMachine):
     def reap(self, data):
         slot = data.draw(st.sampled_from(self.dead))
         self.dead.remove(slot)
+        if self.mirrors[slot].worker in self.ahead:
+            self.recall(self.ahead[self.mirrors[slot].worker])
         expected = [each.ticket for each in self.mirrors[slot].placed if not each.ticket.is_settled]
         tickets = self.batcher.reap(slot)
         assert tickets == expected
@@ -386,7 +453,8 @@ class BatcherMachine(RuleBasedStateMachine):
     def nothing_waits_without_a_ticket_to_answer(self):
         for slot in self.waiting():
             assert self.mirrors[slot].has_live_tickets
-        assert self.batcher.queue_rows == sum(self.mirrors[slot].rows for slot in self.waiting())
+        not_begun = [*self.waiting(), *self.ahead.values()]
+        assert self.batcher.queue_rows == sum(self.mirrors[slot].rows for slot in not_begun)
 
     @invariant()
     def the_timer_is_never_late(self):
@@ -421,6 +489,8 @@ class BatcherMachine(RuleBasedStateMachine):
             return
         for _ in range(1 + len(self.batcher.slots)):  # each turn empties one at least
             for slot in list(self.dead):
+                if self.mirrors[slot].worker in self.ahead:
+                    self.recall(self.ahead[self.mirrors[slot].worker])
                 self.batcher.reap(slot)
                 self.dead.remove(slot)
                 self.mirrors[slot].state = SlotState.HELD
@@ -432,6 +502,7 @@ class BatcherMachine(RuleBasedStateMachine):
                 self.answer(self.batcher.finish(slot, self.now))
                 self.answer([each for each in slot.aside if not each.is_settled])
                 del self.busy[worker]
+                self.finished(worker)
                 self.mirrors[slot].state = SlotState.DONE
             for slot in self.mirrors_in(SlotState.DONE):
                 self.batcher.release(slot)
@@ -483,6 +554,87 @@ def test_while_the_worker_is_busy_rows_gather():
     batcher.worker_ready(worker)
     assert batcher.dispatch(5.0) == [(gathered[0].slot, 0)]
     assert [each.ticket.start for each in gathered] == [0, 1, 2]
+
+
+def run_ahead(batcher):
+    """One batch runs, and the next, which is full, is ahead."""
+    batcher.worker_ready(0)
+    first = place(batcher, rows=4).slot
+    assert batcher.dispatch(0.0) == [(first, 0)]
+    second = place(batcher, rows=4, now=1.0).slot
+    assert batcher.dispatch(1.0) == [(second, 0)]
+    return first, second
+
+
+def test_a_full_batch_goes_ahead_to_a_busy_worker():
+    batcher = Batcher(4, timeout_s=10.0)
+    first, second = run_ahead(batcher)
+    place(batcher, rows=4, now=2.0)
+    assert batcher.dispatch(2.0) == []
+    assert batcher.next_wakeup() == 10.0
+    batcher.finish(first, 5.0)
+    assert second.dispatched_at == 5.0  # its time begins when the worker does
+    assert batcher.next_wakeup() == 15.0
+    batcher.worker_ready(0)
+    assert [worker for _, worker in batcher.dispatch(5.0)] == [0]
+
+
+def test_a_batch_that_is_ahead_comes_back_when_another_worker_is_idle():
+    batcher = Batcher(4)
+    _, second = run_ahead(batcher)
+    assert batcher.recallable(2.0) is None
+    batcher.worker_ready(1)
+    assert batcher.dispatch(2.0) == []
+    assert batcher.recallable(2.0) is second
+    batcher.recall(second, 2.0)
+    assert batcher.dispatch(2.0) == [(second, 1)]
+    assert (second.runs, second.closed_by) == (1, "full")
+
+
+def test_a_batch_that_is_ahead_comes_back_for_one_of_a_higher_priority():
+    batcher = Batcher(4, ageing_s=1.0)
+    batcher.worker_ready(0)
+    place(batcher, key=5, rows=4)
+    batcher.dispatch(0.0)
+    ahead = place(batcher, key=5, rows=4, now=1.0).slot
+    place(batcher, key=4, now=2.1)  # later by more than its priority counts
+    assert batcher.dispatch(2.1) == [(ahead, 0)]
+    assert batcher.recallable(2.1) is None
+    place(batcher, key=8, now=1.9)
+    assert batcher.recallable(2.1) is None  # the lane's first is the one that came first
+    batcher.drop_waiting()
+    urgent = place(batcher, key=4, now=1.9).slot
+    assert batcher.dispatch(2.1) == []
+    assert batcher.recallable(2.1) is ahead
+    batcher.recall(ahead, 2.1)
+    assert batcher.dispatch(2.1) == []  # more rows may join the one that is urgent
+    assert (urgent.state, ahead.state) == (SlotState.OPEN, SlotState.OPEN)
+
+
+def test_a_batch_that_is_ahead_comes_back_when_its_rows_expire():
+    batcher = Batcher(4)
+    batcher.worker_ready(0)
+    place(batcher, rows=4)
+    batcher.dispatch(0.0)
+    late = place(batcher, rows=4, deadline=3.0)
+    batcher.dispatch(0.0)
+    assert batcher.expire(3.0) == [late.ticket]
+    assert batcher.recallable(2.0) is late.slot
+    batcher.recall(late.slot, 3.0)
+    assert late.slot.state is SlotState.FREE
+    assert batcher.recallable(2.0) is None
+
+
+def test_a_batch_that_was_ahead_of_a_worker_that_died_has_not_run():
+    batcher = Batcher(4)
+    first, second = run_ahead(batcher)
+    batcher.worker_lost(0)
+    batcher.recall(second, 2.0)
+    batcher.reap(first)
+    batcher.requeue(first)
+    assert (first.runs, second.runs) == (1, 0)
+    batcher.worker_ready(1)
+    assert batcher.dispatch(2.0) == [(first, 1), (second, 1)]
 
 
 def test_with_a_delay_a_batch_waits_for_company_and_no_longer():
@@ -607,14 +759,16 @@ def test_nothing_starves(arrivals, run_s):
         now += pause
         waiting.append((place(batcher, key=4 | priority, capacity=1, now=now).slot, now, priority))
     free_at = 0.0
-    while waiting:
+    running = deque()
+    while waiting or running:
         batcher.worker_ready(0)
-        ((slot, _),) = batcher.dispatch(free_at)
-        mine = next(each for each in waiting if each[0] is slot)
-        waiting.remove(mine)
-        order.append(mine)
+        for slot, _ in batcher.dispatch(free_at):
+            running.append(slot)
+            mine = next(each for each in waiting if each[0] is slot)
+            waiting.remove(mine)
+            order.append(mine)
         free_at += run_s
-        batcher.finish(slot, free_at)
+        batcher.finish(running.popleft(), free_at)
     for i, (_, came, priority) in enumerate(order):
         for _, other_came, other_priority in order[:i]:
             assert other_came <= came + max(0, priority - other_priority) * 0.5

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pool.shm.doorbell import TEXT_MAX_BYTES, Message, Ring, Waiter, answer, make_pair, ring
+from pool.shm.doorbell import TEXT_MAX_BYTES, Message, Ring, Waiter, answer, make_pair, ring, take_back
 
 U16 = st.integers(0, 0xFFFF)
 U32 = st.integers(0, 0xFFFF_FFFF)
@@ -115,3 +115,14 @@ def test_a_packet_that_is_no_message_reads_as_the_end():
     with pair() as (front, worker):
         worker.send(b"short")
         assert answer(front) is None
+
+
+def test_what_the_worker_has_not_read_is_taken_back_once():
+    with pair() as (front, worker):
+        first, second = Message(Ring.RUN, slot=1), Message(Ring.RUN, slot=2)
+        ring(front, first)
+        ring(front, second)
+        assert answer(worker) == first
+        ring(front, Message(Ring.DRAIN))
+        assert take_back(worker) == [second, Message(Ring.DRAIN)]
+        assert take_back(worker) == []

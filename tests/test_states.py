@@ -20,12 +20,12 @@ from pool.front.states import (
 
 # Rows: the state before. Columns: the event. "-": cannot happen.
 SLOT_TABLE = """
-          open  abandon  dispatch  finish  reap  hold  release
-free      open  -        -         -       -     -     -
-open      -     free     running   -       -     -     -
-running   -     -        -         done    held  -     -
-done      -     -        -         -       -     held  free
-held      -     -        running   -       -     -     free
+          open  abandon  dispatch  recall  finish  reap  hold  release
+free      open  -        -         -       -       -     -     -
+open      -     free     running   -       -       -     -     -
+running   -     -        -         open    done    held  -     -
+done      -     -        -         -       -       -     held  free
+held      -     -        running   -       -       -     -     free
 """
 
 WORKER_TABLE = """

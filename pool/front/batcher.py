@@ -10,8 +10,13 @@ and after any event that may let work start (rows committed, a worker became rea
 
     for slot, worker in batcher.dispatch(now): …ring that worker's doorbell…
 
+A worker has at most two batches: the one it runs and the one *ahead*, which it begins as it ends the first,
+whenever the front comes to hear of that. While `recallable(now)` gives a slot, take back what its worker has
+not begun with, `recall` it and dispatch again.
+
 When a worker answers: `finish(slot, now)`, send the answers, `release(slot)`, `worker_ready(worker)`.
-When it dies: `worker_lost(worker)` at once, `reap(slot)` after the process is waited for. `next_wakeup()`
+When it dies: `worker_lost(worker)` at once, `reap(slot)` and `recall(ahead, now)` after the process is waited
+for, and only then may it be ready again. `next_wakeup()`
 is when to call `expire(now)`, `overdue(now)` and `dispatch(now)` again if nothing else happens before.
 
 A batch that failed may run again: after `reap` its slot is HELD, and so it is after `hold` if the worker
@@ -19,12 +24,13 @@ answered with an error. A HELD slot is released, or requeued for any worker, or 
 that, `refill` says which of its tickets run now and which are set aside.
 
 Policy. Work-conserving: a ready worker takes the oldest batch at once; while all are busy, rows gather
-and batches grow by themselves. With `max_queue_delay_s` > 0 a batch that still has room waits that long
-for company even if a worker is idle. Requests with equal *key* run together. The low two bits of a key
-are the priority, 0 to 3; batches of one priority wait in one *lane*, in the order of their first rows.
-Of the lanes' first batches that may go, the one with the smallest `opened_at + priority * ageing_s` goes:
-a batch waits for no batch of a higher priority that came later than by the difference in priority times
-`ageing_s`, so that nothing starves.
+and batches grow by themselves. A batch that is full grows no more: it goes ahead to the worker that has been
+busy longest, and comes back if another is ready first. With `max_queue_delay_s` > 0 a batch that still has
+room waits that long for company even if a worker is idle. Requests with equal *key* run together. The low
+two bits of a key are the priority, 0 to 3; batches of one priority wait in one *lane*, in the order of their
+first rows. Of the lanes' first batches that may go, the one with the smallest `opened_at + priority *
+ageing_s` goes: a batch waits for no batch of a higher priority that came later than by the difference in
+priority times `ageing_s`, so that nothing starves.
 
 Times are float seconds on one monotonic clock, always passed in.
 """
@@ -73,7 +79,10 @@ class Batcher:
         # Slots with rows that no worker has, oldest first row first, full or not; by priority.
         self._lanes: tuple[deque[Slot], ...] = tuple(deque() for _ in range(LANES))
         self._queued = 0  # slots in all lanes
-        self._running: dict[int, Slot] = {}  # by index
+        self._running: dict[int, Slot] = {}  # by worker
+        self._ahead: dict[int, Slot] = {}  # by worker: what it runs next
+        self._spoilt: list[Slot] = []  # had a ticket settled while they were ahead
+        self._without_ahead: list[int] = []  # workers that could take a batch ahead, longest busy first
 
     # -- placing ------------------------------------------------------------------------------------
 
@@ -100,7 +109,8 @@ class Batcher:
         if not slot.tickets:
             slot.opened_at = now
             self._lanes[slot.key & (LANES - 1)].append(slot)
-            self._forecast.begin(slot, self._queued, len(self._ready), self._running.values(), now)
+            ahead = self._queued + len(self._ahead)
+            self._forecast.begin(slot, ahead, len(self._ready), self._running.values(), now)
             self._queued += 1
             self.expect(now)
         ticket.start = slot.rows
@@ -129,30 +139,44 @@ class Batcher:
     # -- running ------------------------------------------------------------------------------------
 
     def worker_ready(self, worker: int) -> None:
-        """A worker can take a batch."""
+        """A worker can take a batch: at once, or to run it after the one that it has."""
         assert worker not in self._ready, "worker is ready twice"
-        self._ready.append(worker)
-        self.expect(self._now)
+        assert worker not in self._without_ahead, "worker is ready twice"
+        if worker in self._running:
+            self._without_ahead.append(worker)
+        else:
+            self._ready.append(worker)
+            self.expect(self._now)
 
     def worker_lost(self, worker: int) -> None:
         """A worker can take no more batches (it died or drains)."""
-        if worker in self._ready:
+        if worker in self._without_ahead:
+            self._without_ahead.remove(worker)
+        elif worker in self._ready:
             self._ready.remove(worker)
             self.expect(self._now)
 
     def dispatch(self, now: float) -> list[tuple[Slot, int]]:
-        """Give batches to ready workers; the slots returned are theirs from now on."""
+        """Give batches to workers, first to ready ones; the slots returned are theirs from now on."""
         actions: list[tuple[Slot, int]] = []
-        while self._ready and self._queued:
+        while self._queued and (self._ready or self._without_ahead):
             slot = self._next_batch(now)
             if slot is None:
                 break
+            if self._ready:
+                worker = self._ready.pop()
+                self._without_ahead.append(worker)
+            elif self._may_go_ahead(slot):
+                worker = self._without_ahead.pop(0)
+            else:
+                break
+            self._lanes[slot.priority].remove(slot)
+            self._queued -= 1
             if self._open.get(slot.key) is slot:
                 del self._open[slot.key]
                 slot.closed_by = "overdue" if self.max_queue_delay_s else "idle_worker"
             elif slot.runs == 0:
                 slot.closed_by = "full" if slot.rows == slot.capacity else "no_room"
-            worker = self._ready.pop()
             self.dispatch_to(slot, worker, now)
             actions.append((slot, worker))
         return actions
@@ -167,24 +191,27 @@ class Batcher:
             slot.closed_by = "rerun"
         slot.runs += 1
         slot.is_overdue = False
-        self._running[slot.index] = slot
+        if worker in self._running:
+            self._ahead[worker] = slot
+        else:
+            self._running[worker] = slot
         self.expect(now)
 
     def _next_batch(self, now: float) -> Slot | None:
-        """Take the batch that goes next out of its lane."""
+        """The batch that goes next."""
         best: Slot | None = None
-        best_lane, best_at, best_due = 0, 0, inf
-        for priority, lane in enumerate(self._lanes):
-            for at, slot in enumerate(lane):
+        best_due = inf
+        for lane in self._lanes:
+            for slot in lane:
                 if self._may_go(slot, now):
-                    due = slot.opened_at + priority * self.ageing_s
-                    if due < best_due:
-                        best, best_lane, best_at, best_due = slot, priority, at, due
+                    if self._due(slot) < best_due:
+                        best, best_due = slot, self._due(slot)
                     break
-        if best is not None:
-            del self._lanes[best_lane][best_at]
-            self._queued -= 1
         return best
+
+    def _due(self, slot: Slot) -> float:
+        """What decides who goes first: the least."""
+        return slot.opened_at + slot.priority * self.ageing_s
 
     def _may_go(self, slot: Slot, now: float) -> bool:
         return (
@@ -193,11 +220,23 @@ class Batcher:
             or slot.opened_at + self.max_queue_delay_s <= now
         )
 
+    def _may_go_ahead(self, slot: Slot) -> bool:
+        """Whether nothing is lost if a busy worker has the batch already: it is full, and never failed."""
+        return slot.runs == 0 and self._open.get(slot.key) is not slot
+
     def finish(self, slot: Slot, now: float) -> list[Ticket]:
         """The worker answered: the slot is the front's again. Gives the tickets still to be answered."""
         slot.state = next_slot_state(slot.state, SlotEvent.FINISH)
         slot.answered_at = now
-        del self._running[slot.index]
+        worker = slot.worker
+        assert worker is not None, "a slot that ran has a worker"
+        del self._running[worker]
+        following = self._ahead.pop(worker, None)
+        if following is not None:
+            following.dispatched_at = now
+            self._running[worker] = following
+        elif worker in self._without_ahead:
+            self._without_ahead.remove(worker)
         self._forecast.learn(slot, now)
         self.expect(now)
         return [ticket for ticket in slot.tickets if not ticket.is_settled]
@@ -222,16 +261,56 @@ class Batcher:
             self.expected_s = 0.0
             return
         # A slot that has room takes the row itself. With several, it may be none of them that does.
-        ahead = self._queued - (len(self._open) == 1 and self._queued > 0)
+        ahead = self._queued + len(self._ahead) - (len(self._open) == 1 and self._queued > 0)
         done_at = self._forecast.done_at(ahead, len(self._ready), self._running.values(), now)
         self.expected_s = done_at - now + self._forecast.margin_s
+
+    # -- taking back --------------------------------------------------------------------------------
+
+    def recallable(self, now: float) -> Slot | None:
+        """A batch that should not stay ahead of a busy worker.
+
+        It holds rows that nobody waits for any more, or another worker has nothing to do, or a batch of a
+        higher priority goes first.
+        """
+        while self._spoilt:
+            slot = self._spoilt.pop()
+            if slot.worker is not None and self._ahead.get(slot.worker) is slot:
+                return slot
+        if not self._ahead:
+            return None
+        slot = max(self._ahead.values(), key=self._due)
+        if self._ready:
+            return slot
+        if any(self._lanes[: slot.priority]):
+            first = self._next_batch(now)
+            if first is not None and self._due(first) < self._due(slot):
+                return slot
+        return None
+
+    def recall(self, slot: Slot, now: float) -> None:
+        """Its worker, which has two batches, has not begun with this and never will: it waits again."""
+        worker = slot.worker
+        assert worker is not None, "a slot that was given to a worker"
+        slot.state = next_slot_state(slot.state, SlotEvent.RECALL)
+        other = self._ahead.pop(worker)
+        if other is not slot:
+            self._running[worker] = other
+            other.dispatched_at = now
+        slot.worker = None
+        slot.runs -= 1
+        self._lanes[slot.priority].appendleft(slot)
+        self._queued += 1
+        self._drop_if_settled(slot)
+        self.expect(now)
 
     # -- running again ------------------------------------------------------------------------------
 
     def reap(self, slot: Slot) -> list[Ticket]:
         """The slot's worker is dead and waited for: it is HELD. Gives the tickets still to be answered."""
         slot.state = next_slot_state(slot.state, SlotEvent.REAP)
-        del self._running[slot.index]
+        assert slot.worker is not None, "a slot that ran has a worker"
+        del self._running[slot.worker]
         self.expect(self._now)
         return [ticket for ticket in slot.tickets if not ticket.is_settled]
 
@@ -283,10 +362,9 @@ class Batcher:
             for ticket in slot.everyone():
                 if not ticket.is_settled and ticket.deadline <= now:
                     ticket.is_settled = True
-                    slot.has_ballast = True
                     expired.append(ticket)
             slot.earliest_deadline = _earliest_deadline(slot)
-            self._drop_if_settled(slot)
+            self._was_settled(slot)
         return expired
 
     def overdue(self, now: float) -> list[Slot]:
@@ -299,6 +377,14 @@ class Batcher:
                 slot.is_overdue = True
                 found.append(slot)
         return found
+
+    def _was_settled(self, slot: Slot) -> None:
+        """A ticket of the slot was answered before its batch was done."""
+        slot.has_ballast = True
+        if slot.worker is not None and self._ahead.get(slot.worker) is slot:
+            self._spoilt.append(slot)
+        else:
+            self._drop_if_settled(slot)
 
     def _drop_if_settled(self, slot: Slot) -> None:
         if slot not in self._lanes[slot.priority] or not all(t.is_settled for t in slot.everyone()):
@@ -314,18 +400,16 @@ class Batcher:
     def withdraw(self, slot: Slot, ticket: Ticket) -> None:
         """The ticket's answer is not wanted any more; a waiting batch of such tickets alone is dropped."""
         ticket.is_settled = True
-        slot.has_ballast = True
-        self._drop_if_settled(slot)
+        self._was_settled(slot)
 
     def withdraw_all(self, found: Iterable[tuple[Slot, Ticket]]) -> None:
         """`withdraw` for many, with one look at each slot."""
         slots: dict[int, Slot] = {}
         for slot, ticket in found:
             ticket.is_settled = True
-            slot.has_ballast = True
             slots[slot.index] = slot
         for slot in slots.values():
-            self._drop_if_settled(slot)
+            self._was_settled(slot)
 
     def drop_waiting(self) -> list[Ticket]:
         """Settle and give every ticket that waits for a worker, by lane, oldest batch first."""
@@ -336,7 +420,7 @@ class Batcher:
                     if not ticket.is_settled:
                         ticket.is_settled = True
                         dropped.append(ticket)
-                self._drop_if_settled(slot)
+                self._was_settled(slot)
         return dropped
 
     def next_wakeup(self) -> float:
@@ -359,8 +443,9 @@ class Batcher:
 
     @property
     def queue_rows(self) -> int:
-        """Rows admitted that no worker has started."""
-        return sum(slot.rows for lane in self._lanes for slot in lane)
+        """Rows admitted that no worker has begun with."""
+        waiting = sum(slot.rows for lane in self._lanes for slot in lane)
+        return waiting + sum(slot.rows for slot in self._ahead.values())
 
     @property
     def is_idle(self) -> bool:
@@ -368,7 +453,7 @@ class Batcher:
         return len(self._free) == len(self.slots)
 
     def running(self) -> Iterable[Slot]:
-        """Slots that belong to workers."""
+        """Slots that workers run."""
         return self._running.values()
 
     def unsettled(self) -> Iterator[tuple[Slot, Ticket]]:

@@ -311,8 +311,10 @@ class Engine:
         by_generation: dict[Generation, list[tuple[Slot, Ticket]]] = {}
         for slot, ticket in found:
             by_generation.setdefault(ticket.route.generation, []).append((slot, ticket))
+        now = time.monotonic()
         for generation, pairs in by_generation.items():
             generation.batcher.withdraw_all(pairs)
+            self._servings[generation].advance(now)
         self.freed()
 
     # -- what generations tell (Host) ---------------------------------------------------------------

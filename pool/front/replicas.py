@@ -58,8 +58,8 @@ class Listener(Protocol):
     def worker_leaving(self, worker: Worker) -> None:
         """It takes no more batches."""
 
-    def worker_ended(self, worker: Worker, slot: Slot | None, end: End) -> None:
-        """Its process is gone and waited for; `slot` is what it was running."""
+    def worker_ended(self, worker: Worker, slot: Slot | None, ahead: Slot | None, end: End) -> None:
+        """Its process is gone and waited for; `slot` is what it was running, `ahead` what was to follow."""
 
 
 class Replicas:
@@ -169,7 +169,7 @@ class Replicas:
                 message = doorbell.answer(bell)
             except BlockingIOError:
                 return
-            if message is None:  # its end is closed: the process is going; `_await_end` sees it gone
+            if message is None:  # both ends are closed: `_await_end` has seen it gone
                 self._loop.remove_reader(bell.fileno())
                 return
             if message.kind == Ring.READY:
@@ -224,12 +224,13 @@ class Replicas:
         self._after_end(worker, child, *worker.ended(code))
 
     def _after_end(self, worker: Worker, child: Child | None, end: End, lines: Sequence[str]) -> None:
-        slot, worker.slot = worker.slot, None
+        slot, ahead = worker.slot, worker.ahead
+        worker.slot = worker.ahead = None
         died_in = worker.state
         if died_in is WorkerState.DRAINING:
             worker.move(WorkerEvent.STOP)
             self._forget(worker)
-            self._listener.worker_ended(worker, slot, end)
+            self._listener.worker_ended(worker, slot, ahead, end)
             return
         if worker.ready_s is not None and time.monotonic() - worker.started_at > worker.ready_s + _STABLE_S:
             worker.failures = 0
@@ -263,7 +264,7 @@ class Replicas:
             is_given_up=worker.state is WorkerState.FAILED or None,
             last_words="\n".join(lines) or None,
         )
-        self._listener.worker_ended(worker, slot, end)
+        self._listener.worker_ended(worker, slot, ahead, end)
         if worker.state is WorkerState.FAILED:
             self._forget(worker)
 
@@ -287,19 +288,47 @@ class Replicas:
     # -- batches ------------------------------------------------------------------------------------
 
     def run(self, worker: Worker, slot: Slot) -> None:
-        """Ring a READY worker's doorbell: `slot` is its now."""
+        """Ring a worker's doorbell: `slot` is its now, to run at once or after the one that it has."""
         assert worker.bell is not None
-        assert worker.slot is None
-        worker.move(WorkerEvent.DISPATCH)
-        worker.slot = slot
+        if worker.slot is None:
+            worker.move(WorkerEvent.DISPATCH)
+            worker.slot = slot
+        else:
+            assert worker.ahead is None, "a worker has two batches at most"
+            worker.ahead = slot
         message = Message(Ring.RUN, slot.index, slot.rows, slot.generation, slot.layout)
         try:
             doorbell.ring(worker.bell, message)
         except OSError as e:  # it is dying: its end is about to be seen, and the slot recovered then
             log.warning("doorbell does not ring", **self._who(worker), reason=e.strerror)
 
+    def recall(self, slot: Slot) -> Slot | None:
+        """Take back the slot that a worker has ahead, unless the worker has begun with it.
+
+        Returns:
+            What was taken back: the slot; or the one that was to run before, if the worker got hold of the
+            second alone; or None.
+        """
+        assert slot.worker is not None
+        worker = self._by_id[slot.worker]
+        assert worker.bell is not None
+        assert worker.far_bell is not None
+        assert worker.ahead is slot, "not what the worker has ahead"
+        unread = doorbell.take_back(worker.far_bell)
+        not_begun = {message.slot for message in unread if message.kind == Ring.RUN}
+        if not not_begun:
+            taken = None
+        elif slot.index in not_begun:
+            taken, worker.ahead = slot, None
+        else:
+            taken, worker.slot, worker.ahead = worker.slot, slot, None
+        for message in unread:
+            if taken is None or message.kind != Ring.RUN or message.slot != taken.index:
+                doorbell.ring(worker.bell, message)
+        return taken
+
     def finished(self, worker: Worker, now: float) -> None:
-        """The worker answered for its slot; it can take another if it is READY now."""
+        """The worker answered for its slot; it can take another if it has none ahead."""
         assert worker.slot is not None
         worker.move(WorkerEvent.FINISH)
         # What a retiring worker still runs counts for its place.
@@ -310,7 +339,9 @@ class Replicas:
         counted.busy_s += now - worker.slot.dispatched_at
         worker.batches_now += 1
         worker.failures = 0
-        worker.slot = None
+        worker.slot, worker.ahead = worker.ahead, None
+        if worker.slot is not None and worker.state is WorkerState.READY:
+            worker.move(WorkerEvent.DISPATCH)
         most = self._generation.config.max_batches_per_worker
         if most is not None and worker.batches_now >= most and worker.role == "serving":
             self.replace(worker, f"it has run {worker.batches_now} batches")

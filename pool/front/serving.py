@@ -115,12 +115,22 @@ class Serving:
         self._host.advanced(self, now)
 
     def _dispatch(self, now: float) -> None:
-        for slot, id_ in self._batcher.dispatch(now):
-            if slot.has_ballast:  # expired rows never start
-                live = [ticket for ticket in slot.tickets if not ticket.is_settled]
-                rows = [(ticket, self.generation.read_rows(slot, ticket)) for ticket in live]
-                self.generation.refill(slot, rows, slot.aside)
-            self._run(slot, self.replicas.find(id_))
+        while True:
+            for slot, id_ in self._batcher.dispatch(now):
+                if slot.has_ballast:  # expired rows never start
+                    live = [ticket for ticket in slot.tickets if not ticket.is_settled]
+                    rows = [(ticket, self.generation.read_rows(slot, ticket)) for ticket in live]
+                    self.generation.refill(slot, rows, slot.aside)
+                self._run(slot, self.replicas.find(id_))
+            ahead = self._batcher.recallable(now)
+            if ahead is None or (taken := self.replicas.recall(ahead)) is None:
+                return
+            self._recalled(taken, now)
+
+    def _recalled(self, slot: Slot, now: float) -> None:
+        """A worker that was given a batch does not run it."""
+        self.running -= 1
+        self._batcher.recall(slot, now)
 
     def _run(self, slot: Slot, worker: Worker) -> None:
         tickets = slot.tickets or slot.aside
@@ -170,7 +180,7 @@ class Serving:
         tickets = self._batcher.finish(slot, now)
         self.replicas.finished(worker, now)
         self.running -= 1
-        if worker.state is WorkerState.READY and worker.role == "serving":
+        if worker.role == "serving" and worker.state in (WorkerState.READY, WorkerState.BUSY):
             self._batcher.worker_ready(worker.id)
         self._host.came(Event.ANSWER, now)
         self._dispatch(now)
@@ -247,11 +257,15 @@ class Serving:
 
     # -- what goes wrong ----------------------------------------------------------------------------
 
-    def worker_ended(self, worker: Worker, slot: Slot | None, end: End) -> None:
-        """A worker's process is gone: nothing writes to its slot any more."""
+    def worker_ended(self, worker: Worker, slot: Slot | None, ahead: Slot | None, end: End) -> None:
+        """A worker's process is gone: nothing writes to its slots any more."""
         self._batcher.worker_lost(worker.id)
         if worker.state is WorkerState.BACKOFF:
             self.generation.metrics.restarted(end.cause)
+        if ahead is not None:
+            self._recalled(ahead, time.monotonic())
+            if self._host.is_stopping:
+                self.drop_waiting(stopping)
         if slot is not None:
             self.running -= 1
             self._batch_lost(slot, end)

@@ -114,7 +114,7 @@ class Slot:
         has_waited: Whether no worker was ready then.
         place: The index of `worker` within the model.
         answered_at: When `worker` answered.
-        dispatched_at: When it was given to `worker`.
+        dispatched_at: When it was given to `worker`, or when that answered for the batch before.
         earliest_deadline: Of its unsettled tickets.
         generation: Counts dispatches: a stale answer carries an old number.
         pins: The shell's count of answers that still read the slot's bytes.

@@ -2,10 +2,13 @@
 
 A **slot** is one batch-sized region of the arena and always has one owner. The front owns it while
 requests are placed (OPEN), while their answers are sent (DONE) and while a batch that failed waits to run
-again (HELD); one worker owns it while it runs (RUNNING).
+again (HELD); one worker owns it while it runs, or is about to (RUNNING), and may be deprived of it before it
+began (recall).
 Nobody else touches its bytes. A slot whose worker died is the worker's until the process is reaped:
 only then can nothing write to it any more.
 
+                        +<--recall----------+
+                        v                   |
         FREE --open--> OPEN --dispatch--> RUNNING --finish--> DONE --release--> FREE
                         |                   | ^                |
                         +--abandon--> FREE  | +--dispatch--+   hold
@@ -49,6 +52,7 @@ class SlotEvent(enum.Enum):
     OPEN = "open"
     ABANDON = "abandon"  # every row expired, was cancelled, or turned out malformed
     DISPATCH = "dispatch"
+    RECALL = "recall"  # its worker has not begun with it, and will not
     FINISH = "finish"
     REAP = "reap"  # its worker is dead and waited for
     HOLD = "hold"  # its batch raised, and its rows are to run again
@@ -84,6 +88,7 @@ SLOT: Mapping[tuple[SlotState, SlotEvent], SlotState] = {
     (SlotState.FREE, SlotEvent.OPEN): SlotState.OPEN,
     (SlotState.OPEN, SlotEvent.ABANDON): SlotState.FREE,
     (SlotState.OPEN, SlotEvent.DISPATCH): SlotState.RUNNING,
+    (SlotState.RUNNING, SlotEvent.RECALL): SlotState.OPEN,
     (SlotState.RUNNING, SlotEvent.FINISH): SlotState.DONE,
     (SlotState.RUNNING, SlotEvent.REAP): SlotState.HELD,
     (SlotState.DONE, SlotEvent.HOLD): SlotState.HELD,

@@ -64,6 +64,7 @@ class Worker:
         state: See `pool.front.states`.
         device: What it is pinned to, as configured; empty for anywhere.
         slot: The slot it runs, if any.
+        ahead: The slot it runs next, if it has it already.
         batches: Batches finished, by all processes that held this place.
         rows: Rows of those batches.
         busy_s: Seconds it had a batch, by all of them.
@@ -87,8 +88,10 @@ class Worker:
         self.starting: asyncio.Task[None] | None = None
         self.child: Child | None = None
         self.bell: socket.socket | None = None
+        self.far_bell: socket.socket | None = None  # the worker's end: what it has not read can be taken back
         self.words: LastWords | None = None
         self.slot: Slot | None = None
+        self.ahead: Slot | None = None
         self.batches = 0
         self.rows = 0
         self.busy_s = 0.0
@@ -118,9 +121,10 @@ class Worker:
     def ended(self, code: int) -> tuple[End, list[str]]:
         """The process is gone: how, and the last lines it wrote. Lets go of what led to it."""
         assert self.child is not None
-        if self.bell is not None:
-            self.bell.close()
-            self.bell = None
+        for bell in (self.bell, self.far_bell):
+            if bell is not None:
+                bell.close()
+        self.bell = self.far_bell = None
         lines: list[str] = []
         if self.words is not None:
             lines = self.words.close()
@@ -147,17 +151,17 @@ async def fork_worker(
     try:
         words = LastWords(asyncio.get_running_loop())
         try:
-            bell, its_bell = doorbell.make_pair()
-            with its_bell:
-                fds = [order_fd, supervisor.lifeline.read_fd, words.write_fd, its_bell.fileno()]
-                fds.append(generation.arena.fd)
-                if weights_fd is not None:
-                    fds.append(weights_fd)
-                try:
-                    child = zygote.fork("worker", fds)
-                except PoolError:
-                    bell.close()
-                    raise
+            bell, far_bell = doorbell.make_pair()
+            fds = [order_fd, supervisor.lifeline.read_fd, words.write_fd, far_bell.fileno()]
+            fds.append(generation.arena.fd)
+            if weights_fd is not None:
+                fds.append(weights_fd)
+            try:
+                child = zygote.fork("worker", fds)
+            except PoolError:
+                bell.close()
+                far_bell.close()
+                raise
         except (PoolError, OSError):
             words.close()
             raise
@@ -165,7 +169,7 @@ async def fork_worker(
             words.handed_over()
     finally:
         os.close(order_fd)
-    worker.child, worker.bell, worker.words = child, bell, words
+    worker.child, worker.bell, worker.far_bell, worker.words = child, bell, far_bell, words
     return child, bell
 
 

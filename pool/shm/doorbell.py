@@ -63,8 +63,8 @@ def ring(sock: socket.socket, message: Message) -> None:
     """Send one message; a text that is too long is cut.
 
     Raises:
-        OSError: the other end is gone (or, non-blocking, its buffer is full, which one message per
-            batch cannot do).
+        OSError: the other end is gone (or, non-blocking, its buffer is full, which the messages of two
+            batches cannot do).
     """
     fixed = _FIXED.pack(message.kind, message.slot, message.rows, message.generation, message.layout)
     if message.text:
@@ -121,6 +121,21 @@ def answer(sock: socket.socket) -> Message | None:
     except ConnectionResetError:
         return None
     return _decode(data)
+
+
+def take_back(far_end: socket.socket) -> list[Message]:
+    """Receive, at the worker's end, what the worker has not: each message goes to one of the two.
+
+    A worker that reads at the same time may get one that was sent later than one taken back.
+    """
+    taken: list[Message] = []
+    while True:
+        try:
+            message = _decode(far_end.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            return taken
+        assert message is not None, "the front holds both ends open"
+        taken.append(message)
 
 
 def _decode(data: bytes) -> Message | None:
