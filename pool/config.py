@@ -1,4 +1,4 @@
-"""The configuration file: its structs, their defaults, and every rule a value must keep.
+"""The configuration file: its structs, their defaults, and how a file is read.
 
 Used by the front and the commands. `decode_config` is pure (a parsed document in, structs or a
 `ConfigError` out); only `load_config` touches the machine, to read the file and to see whether the
@@ -9,24 +9,30 @@ All mistakes of a file are reported at once, one a line: `file: key: rule, got v
 
 from __future__ import annotations
 
-import difflib
 import grp
-import itertools
-import json
 import os
 import re
 import sys
-import typing
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from pool.endpoints import check_endpoint, is_loopback
+from pool.config_mistakes import (
+    MISSING,
+    Mistake,
+    Places,
+    decode_table,
+    find_table,
+    quoted,
+    raise_all,
+    syntax_mistake,
+    unknown_key,
+)
+from pool.config_rules import machine_mistakes, model_mistakes, server_mistakes
+from pool.devices import parse_device
 from pool.errors import ConfigError
-from pool.keys import PUBLIC_SUFFIX, read_public_key, read_secret_key
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -36,7 +42,6 @@ else:
 MODEL_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 MAX_WORKERS = 1024
 MAX_BATCH_ROWS = 65_536
-MAX_CORE = 4095  # Linux's own limit is 8192; beyond any machine, and keeps "cpu:0-999999999" small
 MIN_MESSAGE_BYTES = 65_536  # the longest header of the wire must fit
 MAX_TIMEOUT_MS = 2**32 - 1  # the wire carries it as a u32
 MAX_PRIORITY = 3
@@ -168,6 +173,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     models: dict[str, ModelConfig]
 
 
+_PLACES: Places = {"[server]": ServerConfig, "[models.NAME]": ModelConfig}
+
+
 class Placement(msgspec.Struct, frozen=True):
     """Where one worker runs.
 
@@ -195,7 +203,7 @@ def placement(model: ModelConfig, worker_index: int, core_count: int) -> Placeme
     cores: tuple[int, ...] = ()
     gpu: int | None = None
     if model.devices:
-        cores, gpu = _parse_device(model.devices[worker_index % len(model.devices)])
+        cores, gpu = parse_device(model.devices[worker_index % len(model.devices)])
     threads = model.threads or len(cores) or max(1, core_count // model.workers)
     return Placement(cores, threads, gpu, model.gpu_memory_mb if gpu is not None else None)
 
@@ -220,7 +228,7 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as e:
-        raise ConfigError(f"{file}: {_syntax_mistake(str(e), text)}") from None
+        raise ConfigError(f"{file}: {syntax_mistake(str(e), text)}") from None
     config = decode_config(document, file)
     folder = Path(file).resolve().parent
     models = {
@@ -233,7 +241,7 @@ def load_config(path: str | os.PathLike[str]) -> Config:
         authorized_keys=_absolute(folder, config.server.authorized_keys),
     )
     config = msgspec.structs.replace(config, server=server, models=models)
-    _raise(file, list(_machine_mistakes(config, os.sched_getaffinity(0))))
+    raise_all(file, list(machine_mistakes(config, os.sched_getaffinity(0))))
     return config
 
 
@@ -253,282 +261,30 @@ def decode_config(document: dict[str, Any], file: str) -> Config:
         ConfigError: it breaks a rule; all mistakes are told, one a line.
     """
     mistakes: list[Mistake] = []
-    server_table = _table(document, "server", mistakes)
-    models_table = _table(document, "models", mistakes)
+    server_table = find_table(document, "server", mistakes)
+    models_table = find_table(document, "models", mistakes)
     for name in [name for name in document if name not in Config.__struct_fields__]:
-        mistakes.append(_unknown_key(_quoted(name), name, document[name], Config))
+        mistakes.append(unknown_key(quoted(name), name, document[name], Config, _PLACES))
     server = ServerConfig()
     if server_table is not None:
-        checked = _decode(ServerConfig, server_table, "server", mistakes)
+        checked = decode_table(ServerConfig, server_table, "server", _PLACES, mistakes)
         if checked is not None:
             server = checked
-            mistakes += _server_mistakes(server)
+            mistakes += server_mistakes(server)
     models: dict[str, ModelConfig] = {}
     if "models" not in document or models_table == {}:
-        mistakes.append(Mistake("models", "must hold at least one [models.NAME] table", _MISSING))
+        mistakes.append(Mistake("models", "must hold at least one [models.NAME] table", MISSING))
     for name, table in (models_table or {}).items():
-        key = f"models.{_quoted(name)}"
+        key = f"models.{quoted(name)}"
         if MODEL_NAME.fullmatch(name) is None:
             rule = "must be a name of letters, digits, '_', '.' and '-'"
             mistakes.append(Mistake(key, rule, name))
         elif not isinstance(table, dict):
             mistakes.append(Mistake(key, "must be a table", table))
         else:
-            model = _decode(ModelConfig, table, key, mistakes)
+            model = decode_table(ModelConfig, table, key, _PLACES, mistakes)
             if model is not None:
                 models[name] = model
-                mistakes += _model_mistakes(key, model)
-    _raise(file, mistakes)
+                mistakes += model_mistakes(key, model)
+    raise_all(file, mistakes)
     return Config(server=server, models=models)
-
-
-# -- mistakes --------------------------------------------------------------------------------------
-
-_MISSING: Any = object()
-
-
-class Mistake(msgspec.Struct, frozen=True):
-    """One broken rule: the dotted key, what the rule is, and the value found (`_MISSING`: none)."""
-
-    key: str
-    rule: str
-    got: Any
-
-    def __str__(self) -> str:
-        if self.got is _MISSING:
-            return f"{self.key}: {self.rule}, got nothing"
-        shown = _shown(self.got)
-        return f"{self.key}: {self.rule}, got {shown if len(shown) <= 120 else shown[:117] + '...'}"
-
-
-def _shown(value: Any) -> str:
-    """A value on one line, much as the file has it."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if text.isprintable() else json.dumps(value, default=str)
-
-
-def _quoted(key: str) -> str:
-    """A key as TOML writes it."""
-    return key if re.fullmatch(r"[A-Za-z0-9_.-]+", key) else _shown(key)
-
-
-def _raise(file: str, mistakes: list[Mistake]) -> None:
-    if mistakes:
-        raise ConfigError("\n".join(f"{file}: {mistake}" for mistake in mistakes))
-
-
-def _table(document: dict[str, Any], key: str, mistakes: list[Mistake]) -> dict[str, Any] | None:
-    found = document.get(key)
-    if found is None or isinstance(found, dict):
-        return found
-    mistakes.append(Mistake(key, "must be a table", found))
-    return None
-
-
-Struct = typing.TypeVar("Struct", ServerConfig, ModelConfig)
-
-
-def _decode(kind: type[Struct], table: dict[str, Any], key: str, mistakes: list[Mistake]) -> Struct | None:
-    """Check each key by itself, so that one mistake does not hide the next."""
-    types = typing.get_type_hints(kind, include_extras=True)
-    required = {field.name for field in msgspec.structs.fields(kind) if field.required}
-    before = len(mistakes)
-    values = {}
-    for name, value in table.items():
-        if name not in types:
-            mistakes.append(_unknown_key(f"{key}.{_quoted(name)}", name, value, kind))
-            continue
-        try:
-            values[name] = msgspec.convert(value, types[name])
-        except msgspec.ValidationError:
-            rule = "must be " + _describe(msgspec.inspect.type_info(types[name]))
-            mistakes.append(Mistake(f"{key}.{name}", rule, value))
-    mistakes += [
-        Mistake(f"{key}.{name}", "must be given", _MISSING) for name in sorted(required - table.keys())
-    ]
-    return kind(**values) if len(mistakes) == before else None
-
-
-def _unknown_key(key: str, name: str, value: Any, kind: type[msgspec.Struct]) -> Mistake:
-    valid = kind.__struct_fields__
-    for other, place in ((ServerConfig, "[server]"), (ModelConfig, "[models.NAME]")):
-        if name in other.__struct_fields__ and other is not kind:
-            return Mistake(key, f"unknown key here; {name} belongs in {place}", value)
-    nearest = difflib.get_close_matches(name, valid, n=1, cutoff=0.0)[0]
-    return Mistake(key, f"unknown key; the nearest valid key is {nearest}", value)
-
-
-def _describe(kind: msgspec.inspect.Type) -> str:
-    """What a value of this type is, in words."""
-    match kind:
-        case msgspec.inspect.UnionType(types=types):
-            return " or ".join(_describe(t) for t in types if not isinstance(t, msgspec.inspect.NoneType))
-        case msgspec.inspect.IntType(ge=low, le=high):
-            return f"an integer from {low} to {high}"
-        case msgspec.inspect.FloatType(ge=low, le=high):
-            return f"a number from {low:g} to {high:.10g}"
-        case msgspec.inspect.BoolType():
-            return "true or false"
-        case msgspec.inspect.LiteralType(values=values):
-            return "one of " + ", ".join(json.dumps(value) for value in values)
-        case msgspec.inspect.StrType(pattern=str()):
-            return 'three octal digits such as "0660"'
-        case msgspec.inspect.StrType(min_length=low):
-            return "a string that is not empty" if low else "a string"
-        case msgspec.inspect.VarTupleType(item_type=item):
-            inner = _describe(item)
-            return "a list, each item " + inner
-    raise AssertionError(f"no words for {kind}")  # pragma: no cover - a new field's type
-
-
-def _syntax_mistake(message: str, text: str) -> str:
-    """`line N: rule, got line`, of the parser's own message."""
-    place = re.search(r" \(at line (\d+), column (\d+)\)$", message)
-    lines = text.split("\n")
-    if place is not None:
-        line = int(place[1])
-        rule = f"must be TOML ({message[: place.start()]} at column {place[2]})"
-    else:  # "(at end of document)"
-        line = len(lines) - (len(lines) > 1 and not lines[-1])
-        rule = f"must be TOML ({message})"
-    return str(Mistake(f"line {line}", rule, lines[line - 1]))
-
-
-# -- rules that one type cannot tell ---------------------------------------------------------------
-
-
-# What a tcp endpoint that others reach wants.
-SECURED = "or have keys (curve_secret_key and authorized_keys), or insecure = true"
-
-
-def _server_mistakes(server: ServerConfig) -> Iterator[Mistake]:
-    seen = set()
-    for i, endpoint in enumerate(server.endpoints):
-        key = f"server.endpoints[{i}]"
-        try:
-            check_endpoint(endpoint, bind=True)
-        except ConfigError as e:
-            wanted = e.message.removeprefix(f"endpoint {endpoint!r}").lstrip(":; ")
-            yield Mistake(key, f"must be an endpoint ({wanted})", endpoint)
-        if endpoint in seen:
-            yield Mistake(key, "must not be given twice", endpoint)
-        seen.add(endpoint)
-    if server.metrics is not None:
-        try:
-            check_endpoint(f"tcp://{server.metrics}", bind=True)
-        except ConfigError:
-            yield Mistake("server.metrics", 'must read "HOST:PORT", such as "127.0.0.1:9464"', server.metrics)
-    if server.curve_secret_key is None and not server.insecure:
-        for i, endpoint in enumerate(server.endpoints):
-            if endpoint.startswith("tcp://") and not is_loopback(endpoint):
-                yield Mistake(f"server.endpoints[{i}]", f"must be on loopback, {SECURED}", endpoint)
-    if (server.curve_secret_key is None) != (server.authorized_keys is None):
-        given, wanted = "curve_secret_key", "authorized_keys"
-        if server.curve_secret_key is None:
-            given, wanted = wanted, given
-        yield Mistake(f"server.{wanted}", f"must be given with {given}", _MISSING)
-    if server.insecure and server.curve_secret_key is not None:
-        yield Mistake("server.insecure", "must be false where there are keys (curve_secret_key)", True)
-    if server.ipc_uids == ():
-        rule = "must name users, or be left out where the mode of the socket file is enough"
-        yield Mistake("server.ipc_uids", rule, server.ipc_uids)
-
-
-def _model_mistakes(key: str, model: ModelConfig) -> Iterator[Mistake]:
-    sizes = model.allowed_batch_sizes
-    if any(a >= b for a, b in itertools.pairwise(sizes)):
-        yield Mistake(f"{key}.allowed_batch_sizes", "must rise from one to the next", sizes)
-    elif sizes and sizes[-1] != model.max_batch_size:
-        rule = f"must end with max_batch_size ({model.max_batch_size})"
-        yield Mistake(f"{key}.allowed_batch_sizes", rule, sizes)
-    if model.slots is not None and model.slots < model.workers:
-        yield Mistake(f"{key}.slots", f"must be at least workers ({model.workers})", model.slots)
-    if len(model.devices) > model.workers:
-        rule = f"must have at most one item a worker (workers is {model.workers})"
-        yield Mistake(f"{key}.devices", rule, model.devices)
-    has_gpu = False
-    for i, device in enumerate(model.devices):
-        try:
-            _, gpu = _parse_device(device)
-        except ValueError as e:
-            yield Mistake(f"{key}.devices[{i}]", str(e), device)
-        else:
-            has_gpu = has_gpu or gpu is not None
-    if model.gpu_memory_mb is not None and not has_gpu:
-        rule = 'needs a "gpu:N" in devices'
-        yield Mistake(f"{key}.gpu_memory_mb", rule, model.gpu_memory_mb)
-
-
-def _machine_mistakes(config: Config, cores: set[int]) -> Iterator[Mistake]:
-    yield from _access_mistakes(config.server)
-    for name, model in config.models.items():
-        if not Path(model.path).exists():
-            yield Mistake(f"models.{name}.path", "must exist", model.path)
-        for i, device in enumerate(model.devices):
-            absent = sorted(set(_parse_device(device)[0]) - cores)
-            if absent:
-                rule = f"must name cores of this machine ({_ranges(cores)}), not {_ranges(set(absent))}"
-                yield Mistake(f"models.{name}.devices[{i}]", rule, device)
-
-
-def _access_mistakes(server: ServerConfig) -> Iterator[Mistake]:
-    try:
-        _ = server.ipc_gid
-    except KeyError:
-        yield Mistake("server.ipc_group", "must be a group of this machine", server.ipc_group)
-    if server.curve_secret_key is not None:
-        try:
-            read_secret_key(server.curve_secret_key)
-        except ConfigError as e:
-            rule = f"must be a file made by `pool keys new` ({e.message})"
-            yield Mistake("server.curve_secret_key", rule, server.curve_secret_key)
-    if server.authorized_keys is not None:
-        directory = Path(server.authorized_keys)
-        try:
-            files = sorted(path for path in directory.iterdir() if path.suffix == PUBLIC_SUFFIX)
-        except OSError as e:
-            rule = f"must be a directory of NAME.pub files ({e.strerror})"
-            yield Mistake("server.authorized_keys", rule, server.authorized_keys)
-            return
-        for file in files:
-            try:
-                read_public_key(file)
-            except ConfigError as e:
-                yield Mistake("server.authorized_keys", f"must hold public keys ({e.message})", file.name)
-
-
-def _parse_device(text: str) -> tuple[tuple[int, ...], int | None]:
-    """The cores and the GPU of a device: exactly one of the two is there.
-
-    Raises:
-        ValueError: it is neither; the message is the rule.
-    """
-    if re.fullmatch(r"gpu:\d{1,4}", text):
-        return (), int(text[4:])
-    if re.fullmatch(r"cpu:\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", text) is None:
-        raise ValueError('must read "cpu:0", "cpu:1-3", "cpu:0,2" or "gpu:0"')
-    cores: list[int] = []
-    for part in text[4:].split(","):
-        first, _, last = part.partition("-")
-        low, high = int(first), int(last or first)
-        if low > high:
-            raise ValueError(f"must have ranges that rise, not {part}")
-        if high > MAX_CORE:
-            raise ValueError(f"must name cores up to {MAX_CORE}")
-        cores.extend(range(low, high + 1))
-    if len(set(cores)) != len(cores):
-        raise ValueError("must not name a core twice")
-    return tuple(sorted(cores)), None
-
-
-def _ranges(cores: set[int]) -> str:
-    """`0-3,5` of {0, 1, 2, 3, 5}."""
-    parts: list[str] = []
-    ordered = sorted(cores)
-    start = 0
-    for i in range(1, len(ordered) + 1):
-        if i == len(ordered) or ordered[i] != ordered[i - 1] + 1:
-            first, last = ordered[start], ordered[i - 1]
-            parts.append(str(first) if first == last else f"{first}-{last}")
-            start = i
-    return ",".join(parts)

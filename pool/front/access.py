@@ -18,7 +18,8 @@ from ipaddress import ip_address
 import zmq
 from zmq.utils import z85
 
-from pool.config import SECURED, ServerConfig
+from pool.config import ServerConfig
+from pool.config_rules import SECURED
 from pool.endpoints import is_loopback
 from pool.errors import ConfigError
 from pool.front.authorized_keys import AuthorizedKeys
