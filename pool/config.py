@@ -218,18 +218,7 @@ def load_config(path: str | os.PathLike[str]) -> Config:
             mistake is one line of the message, `file: key: rule, got value`.
     """
     file = os.fspath(path)
-    try:
-        text = Path(file).read_bytes().decode("utf-8")
-    except OSError as e:
-        raise ConfigError(f"{file}: file: must be readable, got {e.strerror}") from None
-    except UnicodeDecodeError as e:
-        line = e.object[: e.start].count(b"\n") + 1
-        raise ConfigError(f"{file}: line {line}: must be UTF-8, got byte 0x{e.object[e.start]:02x}") from None
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e:
-        raise ConfigError(f"{file}: {syntax_mistake(str(e), text)}") from None
-    config = decode_config(document, file)
+    config = read_config(file)
     folder = Path(file).resolve().parent
     models = {
         name: msgspec.structs.replace(model, path=str((folder / Path(model.path).expanduser()).resolve()))
@@ -243,6 +232,29 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     config = msgspec.structs.replace(config, server=server, models=models)
     raise_all(file, list(machine_mistakes(config, os.sched_getaffinity(0))))
     return config
+
+
+def read_config(path: str | os.PathLike[str]) -> Config:
+    """Read a configuration file and check every rule that does not depend on the machine.
+
+    Paths are as they are written.
+
+    Raises:
+        ConfigError: as of `load_config`.
+    """
+    file = os.fspath(path)
+    try:
+        text = Path(file).read_bytes().decode("utf-8")
+    except OSError as e:
+        raise ConfigError(f"{file}: file: must be readable, got {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        line = e.object[: e.start].count(b"\n") + 1
+        raise ConfigError(f"{file}: line {line}: must be UTF-8, got byte 0x{e.object[e.start]:02x}") from None
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        raise ConfigError(f"{file}: {syntax_mistake(str(e), text)}") from None
+    return decode_config(document, file)
 
 
 def _absolute(folder: Path, path: str | None) -> str | None:

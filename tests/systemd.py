@@ -11,7 +11,6 @@ import contextlib
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,17 +32,16 @@ set -e
 mount --make-rprivate /
 mount -t proc proc /proc
 mount -t tmpfs -o mode=755 tmpfs /run
-mkdir /run/etc /run/code /run/nothing /run/log
+mkdir /run/etc /run/nothing /run/log
 cp -a /etc/. /run/etc
 mount --bind /run/etc /etc
 rm -rf /etc/systemd
 cp -a "$1/etc/." /etc
-mount --bind -o ro "$2" /run/code
 umount -R -l /sys/fs/cgroup
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin container=pool-test \\
     SYSTEMD_UNIT_PATH=/etc/systemd/system:/run/systemd/system SYSTEMD_GENERATOR_PATH=/run/nothing \\
-    "$3" --system --log-target=console --show-status=no --log-level=info
+    "$2" --system --log-target=console --show-status=no --log-level=info
 """
 
 
@@ -56,8 +54,6 @@ def why_not() -> str:
         return f"no {', '.join(absent)} here"
     if os.geteuid() != 0:
         return "booting systemd takes root"
-    if os.path.realpath(sys.prefix).startswith(("/tmp/", "/var/tmp/")):
-        return f"{sys.prefix} is not there for a unit with a /tmp of its own"
     script = "mount --make-rprivate / && mount -t proc proc /proc && mount -t cgroup2 cgroup2 /sys/fs/cgroup"
     tried = subprocess.run(
         ["unshare", *_NAMESPACES, "--fork", "sh", "-c", script], capture_output=True, text=True, check=False
@@ -117,12 +113,11 @@ class Systemd:
 
 
 @contextlib.contextmanager
-def booted(etc: Path, code: Path, log: Path) -> Iterator[Systemd]:
+def booted(etc: Path, log: Path) -> Iterator[Systemd]:
     """Boot systemd; on leaving nothing of it is left.
 
     Args:
         etc: A root folder whose `etc` is laid over this machine's, which it does not change.
-        code: A folder to be seen as /run/code.
         log: Where systemd says what it does.
     """
     units = etc / "etc/systemd/system"
@@ -143,7 +138,7 @@ def booted(etc: Path, code: Path, log: Path) -> Iterator[Systemd]:
             leash = ["setpriv", "--pdeathsig=KILL", "--"]
             boot = [*leash, "unshare", *_NAMESPACES, "--fork", "--kill-child", "sh", "-c", _BOOT, "boot"]
             process = subprocess.Popen(
-                ["sh", "-c", f'{join}exec "$@"', "sh", *boot, str(etc), str(code), _INIT],
+                ["sh", "-c", f'{join}exec "$@"', "sh", *boot, str(etc), _INIT],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from pool.__main__ import main
-from pool.cli import install_service
+from pool.cli import install_service, visibility
+from pool.config import read_config
 from pool.errors import ConfigError
 
 POOL = "/opt/pool/bin/pool"
@@ -112,13 +113,148 @@ def test_commands_that_a_unit_cannot_hold(word):
         install_service.quote_command([word])
 
 
-def test_an_installation_that_the_service_does_not_see_is_refused(monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/home/somebody/venv/bin/python")
-    with pytest.raises(ConfigError, match="does not see /home"):
-        install_service.installed_command()
-    visible = Path("/usr/bin/env")  # what it is does not matter
-    monkeypatch.setattr(sys, "executable", str(visible))
-    assert install_service.installed_command() == "/usr/bin/env -m pool"
+# -- what the unit hides ------------------------------------------------------------------------------
+
+INSTALLATION = "etc/systemd/system/pool@.service.d/40-installation.conf"
+CONFIGURATION = "etc/systemd/system/pool@a.service.d/40-configuration.conf"
+
+
+def installation(folder: Path, code: str) -> Path:
+    """A `pool` command that is a program of its own."""
+    script = folder / "bin/pool"
+    script.parent.mkdir(parents=True)
+    script.write_text(f"#!/bin/sh\n{code}\n")
+    script.chmod(0o755)
+    return script
+
+
+def test_an_installation_that_is_hidden_is_shown(tmp_path, capsys):
+    """It is asked itself, as systemd would run it, and what it says is shown where it has to be."""
+    folder = tmp_path / "venv"
+    needed = f"/usr {folder} {folder}/lib /home/somebody/python"
+    script = installation(
+        folder, f'test "$1 $2" = "install-service --list-paths" && printf "%s\\n" {needed} "${{HOME-/none}}"'
+    )
+    folder.chmod(0o755)
+    root = tmp_path / "root"
+    assert main(["install-service", "--root", str(root), "--executable", str(script)]) == 0
+    shown = [line for line in (root / INSTALLATION).read_text().splitlines() if not line.startswith("#")]
+    paths = ["/home/somebody/python", str(folder)]
+    assert shown == ["[Service]", "ProtectHome=tmpfs", *(f"BindReadOnlyPaths={path}" for path in paths)]
+    out = capsys.readouterr().out
+    assert f"    BindReadOnlyPaths={folder}\n" in out
+    # Somewhere else the drop-in goes.
+    assert install(root) == 0
+    assert not (root / INSTALLATION).exists()
+    assert f"removed {root / INSTALLATION}\n" in capsys.readouterr().out
+
+
+def test_what_this_installation_takes():
+    listed = visibility.installation_paths()
+    assert listed == visibility.outermost(listed)
+    for path in (sys.prefix, sys.base_prefix, os.path.realpath(sys.executable), install_service.__file__):
+        assert any(path == shown or path.startswith(f"{shown}/") for shown in listed), path
+
+
+def test_an_installation_that_does_not_run_is_refused(tmp_path, capsys):
+    script = installation(tmp_path / "venv", 'echo "no module named pool" >&2; exit 1')
+    assert main(["install-service", "--root", str(tmp_path), "--executable", str(script)]) == 2
+    assert capsys.readouterr().err == f"{script}: the service cannot run it (no module named pool)\n"
+    script.chmod(0o644)
+    assert main(["install-service", "--root", str(tmp_path), "--executable", str(script)]) == 2
+    assert "Permission denied" in capsys.readouterr().err
+    assert files(tmp_path) == ["venv/bin/pool"]
+
+
+def test_an_installation_closed_to_others_is_refused(tmp_path, capsys):
+    folder = tmp_path / "venv"
+    script = installation(folder, f'echo "{folder}"')
+    folder.chmod(0o700)
+    assert main(["install-service", "--root", str(tmp_path), "--executable", str(script)]) == 2
+    assert f"{folder}: the user that servers run as may not read it" in capsys.readouterr().err
+
+
+def test_an_installation_that_is_not_there_yet(tmp_path, capsys):
+    """As when a package is made."""
+    assert install(tmp_path) == 0
+    assert main(["install-service", "--root", str(tmp_path), "--executable", "/home/somebody/no/pool"]) == 2
+    assert "the service does not see it there" in capsys.readouterr().err
+
+
+def test_what_configurations_name_is_shown_to_their_services(tmp_path, capsys):
+    config = tmp_path / "etc/pool/a.toml"
+    config.parent.mkdir(parents=True)
+    config.write_text(
+        '[server]\ncurve_secret_key = "/home/x/keys/server.key"\nauthorized_keys = "clients"\n'
+        '[models.a]\npath = "/home/x/a b"\n[models.b]\npath = "/home/x/a b/1"\n[models.c]\npath = "/srv/c"\n'
+    )
+    (config.parent / "broken.toml").write_text("[server]\nnonsense = 1\n")
+    assert install(tmp_path) == 0
+    shown = [line for line in (tmp_path / CONFIGURATION).read_text().splitlines() if not line.startswith("#")]
+    assert shown == [
+        "[Service]",
+        "ProtectHome=tmpfs",
+        'BindReadOnlyPaths="-/home/x/a b"',
+        "BindReadOnlyPaths=-/home/x/keys/server.key",
+    ]
+    out = capsys.readouterr().out
+    assert f"passed over {config.parent / 'broken.toml'}: " in out
+    assert install(tmp_path) == 0
+    assert "wrote" not in capsys.readouterr().out
+    config.write_text('[models.c]\npath = "/srv/c"\n')
+    assert install(tmp_path) == 0
+    assert not (tmp_path / CONFIGURATION).exists()
+
+
+def test_a_configuration_elsewhere_is_shown_with_what_it_names(tmp_path):
+    """A link in /etc/pool to a file whose paths are relative to its own folder."""
+    folder = tmp_path / "mine"  # which is below /tmp, mostly
+    folder.mkdir()
+    (folder / "a.toml").write_text('[models.a]\npath = "model"\n')
+    link = tmp_path / "a.toml"
+    link.symlink_to(folder / "a.toml")
+    paths = visibility.configuration_paths(read_config(link), str(link))
+    assert paths == [str(folder / "a.toml"), str(folder / "model")]
+
+
+def test_a_path_that_a_unit_cannot_hold_is_refused(tmp_path, capsys):
+    config = tmp_path / "etc/pool/a.toml"
+    config.parent.mkdir(parents=True)
+    config.write_text('[models.a]\npath = "/home/x/a:b"\n')
+    assert install(tmp_path) == 2
+    assert "'/home/x/a:b': wanted a path without colons" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("paths", "want"),
+    [
+        (["/b", "/a/x", "/a", "/ab"], ["/a", "/ab", "/b"]),
+        (["/a/b/c", "/a/b-c", "/a/b"], ["/a/b", "/a/b-c"]),
+        ([], []),
+    ],
+)
+def test_outermost(paths, want):
+    assert visibility.outermost(paths) == want
+
+
+@pytest.mark.parametrize("folder", ["/home", "/root", "/tmp", "/var/tmp", "/run/user"])
+def test_hidden(folder):
+    assert visibility.is_hidden(folder)
+    assert visibility.is_hidden(f"{folder}/x/y")
+    assert not visibility.is_hidden(f"/srv{folder}")
+    assert not visibility.is_hidden(f"{folder}x/y")
+
+
+def test_closed_folders(tmp_path):
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    (tmp_path / "a").chmod(0o750)
+    found = visibility.closed_folder(str(folder))
+    assert found is not None
+    assert str(tmp_path / "a").startswith(found), "it, or one that pytest made"
+    assert visibility.is_closed(tmp_path / "a")
+    assert not visibility.is_closed(folder)
+    assert not visibility.is_closed(folder / "absent")
 
 
 def test_make_passes_its_folder_on(tmp_path):

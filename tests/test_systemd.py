@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import re
-import shutil
 import socket
 import stat
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
+import venv
 from pathlib import Path
 
 import numpy as np
@@ -20,20 +21,18 @@ import pytest
 from pool import Client, WorkerLost
 from pool.__main__ import main
 from pool.backends.drill import Fault
+from pool.cli.visibility import drop_in
 from pool.client.retry import Retry
 from tests.systemd import PATIENCE_S, Systemd, booted, memory_limit, why_not
 
 pytestmark = pytest.mark.skipif(why_not() != "", reason=why_not() or "it can")
 
 ROOT = Path(__file__).parents[1]
-POOL = Path(sys.executable).with_name("pool")
 
-# What the tests need beyond the unit: to find this checkout and its interpreter, and to be quick.
-DROP_IN = f"""
+# What the tests need beyond the unit: to be quick, and to leave nothing in this checkout.
+DROP_IN = """
 [Service]
-ProtectHome=tmpfs
-BindReadOnlyPaths=-{sys.base_prefix}
-Environment=PYTHONPATH=/run/code PYTHONDONTWRITEBYTECODE=1
+Environment=PYTHONDONTWRITEBYTECODE=1
 StandardOutput=append:/run/log/%i
 StandardError=append:/run/log/%i
 RestartSec=100ms
@@ -41,19 +40,34 @@ RestartSec=100ms
 
 
 @pytest.fixture(scope="module")
-def etc(tmp_path_factory):
+def command(tmp_path_factory):
+    """A `pool` command of this checkout, in a folder that the unit hides."""
+    folder = tmp_path_factory.mktemp("installed") / "venv"  # what pytest makes is closed to others
+    venv.create(folder, symlinks=True, with_pip=False)
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
+    (packages / "checkout.pth").write_text(f"{ROOT}\n")
+    theirs = [path for path in sys.path if path.endswith("-packages")]
+    (packages / "packages.pth").write_text("".join(f"{path}\n" for path in theirs))
+    script = folder / "bin/pool"
+    script.write_text(
+        f"#!{folder}/bin/python\nimport sys\nfrom pool.__main__ import main\nsys.exit(main())\n"
+    )
+    script.chmod(0o755)
+    return script
+
+
+@pytest.fixture(scope="module")
+def etc(tmp_path_factory, command):
     """A root folder with what `pool install-service` wrote."""
     root = tmp_path_factory.mktemp("root")
-    assert main(["install-service", "--root", str(root), "--executable", str(POOL)]) == 0
-    units = root / "etc/systemd/system"
-    (units / "pool@.service.d").mkdir()
-    (units / "pool@.service.d/99-test.conf").write_text(DROP_IN)
+    assert main(["install-service", "--root", str(root), "--executable", str(command)]) == 0
+    (root / "etc/systemd/system/pool@.service.d/99-test.conf").write_text(DROP_IN)
     return root
 
 
 @pytest.fixture(scope="module")
 def systemd(etc, tmp_path_factory):
-    with booted(etc, ROOT, tmp_path_factory.mktemp("log") / "systemd") as running:
+    with booted(etc, tmp_path_factory.mktemp("log") / "systemd") as running:
         running.run("systemd-sysusers")
         running.run("systemd-tmpfiles", "--create", "--prefix=/run/pool", "--prefix=/etc/pool")
         running.write("/etc/pool/model.toml", "row_items = 4\n")
@@ -131,27 +145,62 @@ def test_the_units_are_what_systemd_understands(systemd):
     assert "pool" not in done.stderr
 
 
-def test_the_exposure_is_small(tmp_path):
-    shutil.copy(ROOT / "systemd/pool@.service", tmp_path)
-    done = subprocess.run(
-        ["systemd-analyze", "security", "--offline=true", "--no-pager", f"{tmp_path}/pool@.service"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.mark.parametrize("is_hidden", [False, True])
+def test_the_exposure_is_small(tmp_path, command, is_hidden):
+    path = str(command) if is_hidden else "/opt/nothing/bin/pool"
+    assert main(["install-service", "--root", str(tmp_path), "--executable", path]) == 0
+    analyze = [
+        "systemd-analyze",
+        "security",
+        "--offline=true",
+        f"--root={tmp_path}",
+        "--no-pager",
+        "pool@x.service",
+    ]
+    done = subprocess.run(analyze, capture_output=True, text=True, check=False)
     found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", done.stdout)
     assert found is not None, done.stdout + done.stderr
     assert float(found[1]) <= 2.5
 
 
+def test_a_drop_in_shows_what_is_hidden_and_nothing_beside_it(systemd, tmp_path):
+    """A service of the same user that lists folders: of homes, temporary ones, and closed to the user."""
+    outside = tmp_path / "shown"  # below one that pytest made for its user alone
+    outside.mkdir()
+    (outside / "file").write_text("x")
+    for folder in ("/run/user/7/a b", "/run/closed/shown"):
+        systemd.write(f"{folder}/file", "x")
+        systemd.write(f"{Path(folder).parent}/secret", "x")
+        (systemd.root / str(Path(folder).parent).lstrip("/")).chmod(0o700)
+    paths = ["/run/closed/shown", "/run/user/7/a b", str(outside)]
+    shown = drop_in("# x", paths, ["/run/closed"], must_exist=True)
+    for line in ("ProtectHome=yes", "PrivateTmp=yes"):
+        assert line in (ROOT / "systemd/pool@.service").read_text().splitlines()
+    look = "ExecStart=/bin/sh -c 'cat /run/closed/*/file /run/user/7/*/file %s/file; ls %s'"
+    systemd.write(
+        "/etc/systemd/system/look.service",
+        "[Service]\nType=oneshot\nUser=pool\nProtectSystem=strict\nProtectHome=yes\nPrivateTmp=yes\n"
+        f"StandardOutput=append:/run/log/look\n{look % (outside, '/run/closed /run/user/7')}\n",
+    )
+    systemd.write("/etc/systemd/system/look.service.d/40-x.conf", shown)
+    systemd.systemctl("daemon-reload")
+    systemd.systemctl("start", "look.service")
+    assert systemd.read("/run/log/look").split("\n", 1) == ["xxx/run/closed:", "shown\n\n/run/user/7:\na b\n"]
+
+
 # -- a life -----------------------------------------------------------------------------------------
 
 
-def test_started_is_ready(systemd, service):
+def test_started_is_ready(systemd, service, command):
     port = free_port()
     endpoints = f'"ipc:///run/pool/{service.name}/pool.sock", "tcp://127.0.0.1:{port}"'
     config = f"[server]\nendpoints = [{endpoints}]\n"
-    service.configure(config + drill(workers=2))
+    # In the home of somebody who lets nobody in.
+    systemd.write("/run/user/7/models/model.toml", "row_items = 4\n")
+    (systemd.root / "run/user/7").chmod(0o700)
+    service.configure(config + drill(workers=2).replace("model.toml", "/run/user/7/models/model.toml"))
+    assert main(["install-service", "--root", str(systemd.root), "--executable", str(command)]) == 0
+    systemd.systemctl("daemon-reload")
     systemd.systemctl("start", service.unit)
     with Client(service.endpoint) as client:
         assert client.ready(), "at once: systemd waited for it"
@@ -165,7 +214,7 @@ def test_started_is_ready(systemd, service):
         ]
         for pid in pids[1:]:
             names = service.environment(pid)
-            assert "PYTHONPATH" in names
+            assert "PYTHONDONTWRITEBYTECODE" in names
             assert not [n for n in names if n.startswith(("NOTIFY_", "LISTEN_", "WATCHDOG_"))]
         assert {"NOTIFY_SOCKET", "WATCHDOG_USEC"} <= service.environment(pids[0])
         for pid in pids:

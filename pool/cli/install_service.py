@@ -2,6 +2,9 @@
 
 Nothing is written unless everything can be. A file that somebody changed is not overwritten: each carries a
 hash of its content, which tells an older version of ours from an edited one.
+
+Where the unit hides what runs the service, or the models of a configuration, drop-ins show it these
+(`pool.cli.visibility`).
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import re
 import sys
 from pathlib import Path
 
+from pool.cli import visibility
+from pool.config import read_config
 from pool.errors import ConfigError
 
 # What is installed, and where below the prefix.
@@ -27,12 +32,14 @@ GPU_FILES = {"gpu.conf": "systemd/system/pool@.service.d/50-gpu.conf"}
 _PLACE = "@POOL@"
 _HEAD = "# Written by `pool install-service`; to change something, make a drop-in. sha256 "
 
-# Folders that the unit hides from the service (ProtectHome=, PrivateTmp=).
-_HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")
+# What shows a service its installation, and one service what its configuration names.
+_SHOWN = "systemd/system/pool@.service.d/40-installation.conf"
+_SHOWN_TO_ONE = "systemd/system/pool@{}.service.d/40-configuration.conf"
 
 _NEXT = """\
 next: systemd-sysusers && systemd-tmpfiles --create && systemctl daemon-reload
-      write /etc/pool/NAME.toml, then: systemctl enable --now pool@NAME.socket pool@NAME.service"""
+      write /etc/pool/NAME.toml, then: systemctl enable --now pool@NAME.socket pool@NAME.service
+      (after the file names models in a home or a temporary folder: pool install-service once more)"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the pool command that the service runs (default: that of this installation)",
     )
     parser.add_argument("--gpu", action="store_true", help="let the services use NVIDIA GPUs")
+    parser.add_argument(
+        "--list-paths",
+        action="store_true",
+        help="write nothing; tell which files and folders the service must see to run this installation",
+    )
     parser.add_argument("--force", action="store_true", help="overwrite files that were changed")
 
 
@@ -62,10 +74,22 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: the command cannot be run by the service, or a file there is somebody else's.
         OSError: it cannot be written there.
     """
-    command = quote_command([args.executable]) if args.executable else installed_command()
+    if args.list_paths:
+        print("\n".join(visibility.installation_paths()))
+        return 0
+    words = [args.executable] if args.executable else installed_command()
+    command = quote_command(words)
     folder = args.root / args.prefix.lstrip("/")
     files = FILES | GPU_FILES if args.gpu else FILES
     texts = {folder / place: sealed(_template(name), command) for name, place in files.items()}
+    shown = {folder / _SHOWN: installation_drop_in(words)}
+    for file in sorted((args.root / "etc/pool").glob("*.toml")):
+        seen_as = f"/{file.relative_to(args.root)}"
+        shown[folder / _SHOWN_TO_ONE.format(file.stem)] = configuration_drop_in(file, seen_as)
+    texts |= {path: sealed(text) for path, text in shown.items() if text}
+    # What was shown once and need not be any more.
+    dead = [folder / _SHOWN, *folder.glob(_SHOWN_TO_ONE.format("*"))]
+    dead = [path for path in dead if path not in texts and path.exists() and is_ours(_content(path))]
     stale = [path for path, text in texts.items() if _content(path) != text]
     changed = [str(path) for path in stale if not is_ours(_content(path))]
     if changed and not args.force:
@@ -77,27 +101,73 @@ def run(args: argparse.Namespace) -> int:
         if path in stale:
             _write(path, text)
         print(f"{'wrote' if path in stale else 'unchanged'} {path}")
-    if stale:
+        for line in shown.get(path, "").splitlines():
+            if not line.startswith(("#", "[")):
+                print(f"    {line}")
+    for path in dead:
+        path.unlink()
+        print(f"removed {path}")
+    if stale or dead:
         print(_NEXT)
     return 0
 
 
-def installed_command() -> str:
-    """The `pool` command of the interpreter that runs this, as a unit writes it.
+def installed_command() -> list[str]:
+    """The `pool` command of the interpreter that runs this."""
+    script = Path(sys.executable).with_name("pool")
+    return [str(script)] if script.exists() else [sys.executable, "-m", "pool"]
+
+
+def installation_drop_in(words: list[str]) -> str:
+    """What shows the service the installation it runs; empty if it sees that anyhow.
 
     Raises:
-        ConfigError: it is where the service does not see it.
+        ConfigError: it cannot be shown.
     """
-    script = Path(sys.executable).with_name("pool")
-    words = [str(script)] if script.exists() else [sys.executable, "-m", "pool"]
-    for path in (words[0], os.path.realpath(sys.executable)):
-        hidden = next((folder for folder in _HIDDEN if path.startswith(f"{folder}/")), None)
-        if hidden is not None:
+    if not os.path.exists(words[0]):  # it is to be installed yet, or in another system than this one
+        if visibility.is_hidden(words[0]):
             raise ConfigError(
-                f"{path}: the service, which does not see {hidden}, cannot run it; install pool elsewhere "
-                "(python3 -m venv /opt/pool), or name the command it is to run with --executable"
+                f"{words[0]}: the service does not see it there, and what it needs is not known"
             )
-    return quote_command(words)
+        return ""
+    paths = visibility.ask_installation(words)
+    for path in filter(visibility.is_closed, paths):
+        raise ConfigError(
+            f"{path}: the user that servers run as may not read it; install pool elsewhere "
+            "(python3 -m venv /opt/pool), or let all read it"
+        )
+    closed = {path: visibility.closed_folder(path) for path in paths if not visibility.is_hidden(path)}
+    folders = {folder for folder in closed.values() if folder is not None}
+    return visibility.drop_in(
+        "# What runs the service lies where the unit hides it, or under a folder closed to its user.",
+        [path for path in paths if visibility.is_hidden(path) or closed[path] is not None],
+        folders,
+        must_exist=True,
+    )
+
+
+def configuration_drop_in(file: Path, seen_as: str) -> str:
+    """What shows one service the models and keys of its configuration file; empty if it sees them anyhow.
+
+    A file with mistakes is passed over, and said so: it may be half written.
+
+    Args:
+        file: Where it is now.
+        seen_as: Where it is for the service.
+    """
+    try:
+        config = read_config(file)
+    except ConfigError as e:
+        print(f"passed over {e.message.splitlines()[0]}")
+        return ""
+    paths = [path for path in visibility.configuration_paths(config, seen_as) if visibility.is_hidden(path)]
+    for path in filter(visibility.is_closed, paths):
+        print(f"warning: {path}: the user that servers run as may not read it")
+    return visibility.drop_in(
+        "# The unit hides what the configuration file names. Written again: pool install-service.",
+        paths,
+        must_exist=False,
+    )
 
 
 def quote_command(words: list[str]) -> str:
@@ -119,7 +189,7 @@ def quote_command(words: list[str]) -> str:
     return " ".join(quoted)
 
 
-def sealed(template: str, command: str) -> str:
+def sealed(template: str, command: str = "") -> str:
     """A file's text: the template with the command filled in, below the line that tells whose it is."""
     body = template.replace(_PLACE, command)
     return f"{_HEAD}{hashlib.sha256(body.encode()).hexdigest()}\n{body}"
