@@ -1,7 +1,8 @@
 """The endpoint: one ROUTER socket over an engine. Runs in the front, on its event loop.
 
 The hot path is `_receive`: header look-up, tensor frames received straight into the open slot, one
-ticket. Everything that is not a well-formed numeric PREDICT with room in the open slot goes the slow way.
+ticket. Everything that is not a well-formed numeric PREDICT with room in the open slot goes the slow way
+(`pool.front.admission`).
 
 ZeroMQ's descriptor is edge-triggered: it signals a change, not a state. So after it signalled, and after
 anything was sent, the socket is drained until it says EAGAIN; a bounded number of messages a turn, so
@@ -20,10 +21,10 @@ import zmq
 
 from pool import wire
 from pool.config import ServerConfig
-from pool.errors import Cancelled, InternalError, InvalidInput, Overloaded, PoolError, TooLarge, WireError
+from pool.errors import Cancelled, Overloaded, PoolError, WireError
 from pool.front.access import Access
+from pool.front.admission import Admission
 from pool.front.binding import bind
-from pool.front.bundles import Bundles
 from pool.front.clients import Client, Clients
 from pool.front.columns import frame_size_error
 from pool.front.connections import Connections
@@ -31,23 +32,18 @@ from pool.front.engine import Engine
 from pool.front.gate import Gate
 from pool.front.generation import Generation
 from pool.front.logs import Log
-from pool.front.metrics import ModelMetrics
 from pool.front.outbound import MARK_BYTES, Outbound, Refusal
 from pool.front.questions import Questions
-from pool.front.regions import Regions, private
+from pool.front.regions import Regions
 from pool.front.route import Route
 from pool.front.slots import LANES, Ticket
-from pool.front.timelines import Timelines
 from pool.front.withdrawing import withdraw
-from pool.wire import FIXED_BYTES, HEAD, HEAD_BYTES, Flag, Header, Kind, PredictMeta
+from pool.wire import FIXED_BYTES, HEAD, HEAD_BYTES, Flag, Kind
 
 log = Log("pool.endpoint")
 
 # Messages a turn of the loop. 256 take about 1 ms: the most a worker's answer waits for the front.
 _DRAIN_MAX = 256
-
-# A request in a bundle costs the front about a sixth of one alone.
-_BUNDLE_DISCOUNT = 6
 
 # Messages waiting for one client, however small. One that does not read loses its replies beyond these.
 _SEND_HIGH_WATER = 20_000
@@ -57,12 +53,7 @@ _SEND_HIGH_WATER = 20_000
 # speaks ZMTP 3.0; and they would go to local clients too, whose end the kernel tells at once.
 _TCP_KEEPALIVE_IDLE_S, _TCP_KEEPALIVE_INTERVAL_S, _TCP_KEEPALIVE_COUNT = 10, 5, 3
 
-# Distinct request headers remembered; each is about 1 kB.
-_ROUTES_MAX = 4096
-
 _NOBLOCK = int(zmq.NOBLOCK)
-
-_REGION = int(Flag.REGION)
 
 # The first bytes of requests that may go the fast way, and their priorities.
 _UNSAID = LANES  # the model's own
@@ -83,9 +74,6 @@ class Endpoint:
         endpoints: Where to bind, resolved (`pool.endpoints`).
         describe: More of the front's part of the status document.
         passed: Sockets that listen there already, by endpoint (`pool.front.activation`).
-
-    Attributes:
-        requests: Predictions admitted.
     """
 
     def __init__(
@@ -121,19 +109,17 @@ class Endpoint:
         self._outbound = Outbound(
             self._router, engine, self._clients, config.max_unread_bytes, mark_bytes, self._again
         )
-        self._bundles = Bundles(self._outbound)
-        self._timelines = Timelines(self._outbound)
         self._access = Access(config)
         self._regions = Regions(self._access.is_allowed)
         self._questions = Questions(engine, config, self._outbound, self.describe)
+        self._admission = Admission(
+            self._router, engine, config.max_message_bytes, self._outbound, self._regions, self._questions
+        )
         self._connections: Connections | None = None
-        self._cancelled: dict[Client, set[int]] = {}
         self._gate = Gate(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        self._routes: dict[bytes, Route] = {}
         engine.on_unserved.append(self._forget_routes)
         self._fd = -1
         self._is_scheduled = False
-        self.requests = 0
         self._started_at = time.monotonic()
 
     def open(self) -> None:
@@ -171,6 +157,11 @@ class Endpoint:
         self._access.close()
         self._context.term()
 
+    @property
+    def requests(self) -> int:
+        """Predictions admitted."""
+        return self._admission.admitted
+
     def describe(self) -> dict[str, Any]:
         """The endpoint's part of the status document (`docs/operations.md` 8)."""
         return {
@@ -192,7 +183,7 @@ class Endpoint:
         self._access.apply(config)
 
     def _forget_routes(self) -> None:
-        self._routes.clear()
+        self._admission.routes.clear()
         self._clients.forget_idle_accounts()
 
     # -- the fast way -------------------------------------------------------------------------------
@@ -214,7 +205,7 @@ class Endpoint:
             log.defect("cannot handle a message")
             self._skip_frames()
             self._again()
-        if self._cancelled or self._clients.gone:
+        if self._admission.has_cancelled or self._clients.gone:
             self._withdraw()
 
     def _receive(self) -> None:
@@ -223,7 +214,7 @@ class Endpoint:
         recv, recv_into, get = router.recv, router.recv_into, router.get
         more, noblock, unpack, fixed = zmq.RCVMORE, _NOBLOCK, HEAD.unpack_from, FIXED_BYTES
         routes, numbered, priorities, monotonic = (
-            self._routes,
+            self._admission.routes,
             self._clients.numbered,
             _PRIORITIES,
             time.monotonic,
@@ -250,12 +241,12 @@ class Endpoint:
                         self._skip_frames()
                         continue
                     if client.barred:
-                        self._receive_slowly(client, header, now)
+                        self._admission.receive(client, header, now)
                         continue
                 route = routes.get(header[fixed:])
                 priority = priorities.get(header[:HEAD_BYTES])
                 if route is None or priority is None or not route.is_numeric:
-                    budget -= self._receive_slowly(client, header, now)
+                    budget -= self._admission.receive(client, header, now)
                     turn = self._engine.turn
                     continue
                 generation = route.generation
@@ -266,7 +257,7 @@ class Endpoint:
                     touched = generation
                 _, id_, timeout_ms, rows = unpack(header)
                 if rows != 1 and (rows == 0 or not route.is_batched):
-                    self._receive_slowly(client, header, now)
+                    self._admission.receive(client, header, now)
                     turn = self._engine.turn
                     continue
                 batcher = generation.batcher
@@ -285,7 +276,7 @@ class Endpoint:
                     continue
                 if rows > slot.capacity - slot.rows:
                     batcher.abandon(slot)
-                    self._receive_slowly(client, header, now)
+                    self._admission.receive(client, header, now)
                     turn = self._engine.turn
                     continue
                 start = slot.rows
@@ -323,7 +314,7 @@ class Endpoint:
                 self._again()
         finally:
             if touched is not None:
-                self.requests += admitted
+                self._admission.admitted += admitted
                 self._engine.flush(touched, admitted - flushed)
 
     def _meet(self, identity: bytes) -> tuple[Client | None, bytes]:
@@ -349,7 +340,7 @@ class Endpoint:
             except PoolError:
                 pass
         if refusal is None:  # too large; or, by a rounding error, in time after all
-            self._receive_slowly(client, header, now)
+            self._admission.receive(client, header, now)
             return
         self._skip_frames()
         self._outbound.refuse_alike(client, ticket.id, refusal)
@@ -360,150 +351,14 @@ class Endpoint:
         while router.get(zmq.RCVMORE):
             router.recv_into(nothing, flags=_NOBLOCK)
 
-    # -- the slow way -------------------------------------------------------------------------------
-
-    def _receive_frames(self) -> list[memoryview]:
-        frames: list[memoryview] = []
-        while self._router.get(zmq.RCVMORE):
-            frame = self._router.recv(_NOBLOCK, copy=False).buffer
-            if len(frames) <= wire.MAX_TENSORS:  # one too many is enough to refuse it
-                frames.append(frame)
-        return frames
-
-    def _check_sizes(self, frames: Sequence[memoryview]) -> None:
-        most = self._config.max_message_bytes
-        for i, frame in enumerate(frames):
-            if len(frame) > most:
-                raise TooLarge(f"tensor frame {i} has {len(frame)} bytes; the server takes at most {most}")
-
-    def _receive_slowly(self, client: Client, header: bytes, now: float) -> int:
-        """Any message: the rest of its frames is received, and it is answered or admitted.
-
-        Returns:
-            How many requests it stands for beyond the first, as far as the time they take goes.
-        """
-        frames = self._receive_frames()
-        try:
-            decoded = wire.decode_header(header)
-        except PoolError as e:
-            self._outbound.refuse(client, wire.peek_id(header) or 0, e, self._engine.unknown)
-            return 0
-        try:
-            is_bundle = decoded.kind is Kind.PREDICT and decoded.flags & Flag.BUNDLE
-            if not is_bundle and decoded.kind is not Kind.CANCEL:
-                client.check_access()
-            if decoded.flags & _REGION and decoded.kind is Kind.PREDICT:
-                frames = self._regions.resolve(decoded, frames)
-            if is_bundle:
-                return self._admit_bundle(client, decoded, frames, now) // _BUNDLE_DISCOUNT
-            if decoded.kind is Kind.PREDICT:
-                self._admit(client, decoded, frames, now)
-            elif frames:
-                raise WireError(f"{decoded.kind.name} with {len(frames)} tensor frames; wanted none")
-            elif decoded.kind is Kind.CANCEL:
-                self._cancelled.setdefault(client, set()).add(decoded.id)
-            else:
-                self._questions.answer(client, decoded)
-        except PoolError as e:
-            self._outbound.refuse(client, decoded.id, e, self._metrics_of(decoded))
-        except Exception as e:
-            log.defect("cannot handle a message")
-            defect = InternalError(f"{type(e).__name__} while handling the request")
-            self._outbound.refuse(client, decoded.id, defect, self._metrics_of(decoded))
-        return 0
-
-    def _metrics_of(self, header: Header) -> ModelMetrics | None:
-        """What counts the refusal of this message; None if it is no prediction."""
-        if header.kind is not Kind.PREDICT:
-            return None
-        route = self._routes.get(header.meta)
-        if route is not None:
-            return route.generation.metrics
-        try:
-            model = self._engine.models.get(wire.decode_meta(PredictMeta, header.meta).model)
-        except WireError:
-            model = None
-        return self._engine.unknown if model is None else model.metrics
-
-    def _find_route(self, meta: bytes) -> Route:
-        route = self._routes.get(meta)
-        if route is None:
-            route = self._engine.resolve(wire.decode_meta(PredictMeta, meta))
-            if len(self._routes) >= _ROUTES_MAX:
-                self._routes.clear()
-            self._routes[meta] = route
-        return route
-
-    def _admit(self, client: Client, header: Header, frames: list[memoryview], now: float) -> None:
-        self._check_sizes(frames)
-        route = self._find_route(header.meta)
-        deadline = now + (header.millis * 1e-3 or route.timeout_s)
-        account, key = client.account(route.generation), _key(route, header)
-        turn = self._engine.turn
-        sink: Outbound | Timelines = self._outbound
-        if header.flags & Flag.TIMELINE:  # in a turn of its own, which began after the message came
-            turn, sink = self._engine.flush(route.generation, 0), self._timelines
-        ticket = Ticket(sink, client, header.id, route, header.rows, deadline, turn, key, account)
-        tensors: Sequence[memoryview | bytes] = frames
-        if header.flags & _REGION and not route.is_numeric:
-            tensors = private(frames, route.regions)
-        route.generation.place(ticket, tensors, now)
-        self.requests += 1
-        self._engine.flush(route.generation, 1)
-
-    def _admit_bundle(self, client: Client, header: Header, frames: list[memoryview], now: float) -> int:
-        """Admit or refuse each request of a bundle; gives how many there were (`docs/wire.md` 3.9)."""
-        parts = wire.split_parts(frames[0] if frames else b"", header.rows)
-        try:
-            client.check_access()
-            self._check_sizes(frames[1:])
-            route = self._find_route(header.meta)
-            if not (route.is_batched and route.is_numeric):
-                raise InvalidInput("a bundle of requests with string inputs, or to a signature not batched")
-            key, account, sink = _key(route, header), client.account(route.generation), self._bundles
-            turn = self._engine.turn
-            tickets = [
-                Ticket(
-                    sink,
-                    client,
-                    id_,
-                    route,
-                    rows,
-                    now + (millis * 1e-3 or route.timeout_s),
-                    turn,
-                    key,
-                    account,
-                )
-                for id_, millis, rows in parts
-            ]
-            refused = route.generation.place_all(tickets, frames[1:], now)
-        except PoolError as e:
-            metrics = self._metrics_of(header) or self._engine.unknown
-            self._outbound.refuse_bundled(client, [id_ for id_, _, _ in parts], e, metrics)
-            return len(parts)
-        admitted = len(parts)
-        for error, alike in refused:
-            self._outbound.refuse_bundled(
-                client, [ticket.id for ticket in alike], error, route.generation.metrics
-            )
-            admitted -= len(alike)
-        self.requests += admitted
-        self._engine.flush(route.generation, admitted)
-        return len(parts)
-
     # -- what is not wanted any more ------------------------------------------------------------------
 
     def _withdraw(self) -> None:
         """See to the cancels of a drain, and to the clients that have left meanwhile."""
-        cancelled, self._cancelled = self._cancelled, {}
+        cancelled = self._admission.take_cancelled()
         gone = self._clients.take_gone()
         if cancelled or any(client.has_rows for client in gone):
             refusal = Refusal(Cancelled("withdrawn by its client"), None)
             for ticket in withdraw(self._engine, cancelled):
                 ticket.route.generation.metrics.answered(refusal.code)
                 self._outbound.refuse_alike(ticket.client, ticket.id, refusal)
-
-
-def _key(route: Route, header: Header) -> int:
-    """What the request shares with those it may run with."""
-    return route.keys[header.priority] if header.flags & Flag.PRIORITY else route.key

@@ -1,0 +1,220 @@
+"""Admission: every message that does not go the endpoint's fast way. Runs in the front, on its event loop.
+
+Requests with strings, of memory shared with their clients, with time lines, in bundles; those that do not fit
+one slot or are not well-formed; questions and cancels. Each is answered, admitted or refused here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import zmq
+
+from pool import wire
+from pool.errors import InternalError, InvalidInput, PoolError, TooLarge, WireError
+from pool.front.bundles import Bundles
+from pool.front.clients import Client
+from pool.front.engine import Engine
+from pool.front.logs import Log
+from pool.front.metrics import ModelMetrics
+from pool.front.outbound import Outbound
+from pool.front.questions import Questions
+from pool.front.regions import Regions, private
+from pool.front.route import Route
+from pool.front.slots import Ticket
+from pool.front.timelines import Timelines
+from pool.wire import Flag, Header, Kind, PredictMeta
+
+log = Log("pool.endpoint")
+
+# A request in a bundle costs the front about a sixth of one alone.
+_BUNDLE_DISCOUNT = 6
+
+# Distinct request headers remembered; each is about 1 kB.
+_ROUTES_MAX = 4096
+
+_NOBLOCK = int(zmq.NOBLOCK)
+
+_REGION = int(Flag.REGION)
+
+
+class Admission:
+    """Takes messages whose header was received, and the socket's next frames with them.
+
+    Args:
+        router: The endpoint's socket.
+        engine: Runs the requests.
+        max_frame_bytes: Largest tensor frame taken.
+        outbound: Sends the replies.
+        regions: Memory that clients share with the front.
+        questions: Answers what is no prediction.
+
+    Attributes:
+        routes: What request headers stand for, by their meta. The fast way looks here too.
+        admitted: Predictions admitted, also those that went the fast way.
+    """
+
+    def __init__(
+        self,
+        router: zmq.Socket[bytes],
+        engine: Engine,
+        max_frame_bytes: int,
+        outbound: Outbound,
+        regions: Regions,
+        questions: Questions,
+    ) -> None:
+        self._router = router
+        self._engine = engine
+        self._max_frame_bytes = max_frame_bytes
+        self._outbound = outbound
+        self._bundles = Bundles(outbound)
+        self._timelines = Timelines(outbound)
+        self._regions = regions
+        self._questions = questions
+        self.routes: dict[bytes, Route] = {}
+        self._cancelled: dict[Client, set[int]] = {}
+        self.admitted = 0
+
+    @property
+    def has_cancelled(self) -> bool:
+        """Whether requests were withdrawn since `take_cancelled`."""
+        return bool(self._cancelled)
+
+    def take_cancelled(self) -> dict[Client, set[int]]:
+        """The ids of requests that their clients have withdrawn since the last call."""
+        cancelled, self._cancelled = self._cancelled, {}
+        return cancelled
+
+    def receive(self, client: Client, header: bytes, now: float) -> int:
+        """Any message: the rest of its frames is received, and it is answered or admitted.
+
+        Returns:
+            How many requests it stands for beyond the first, as far as the time they take goes.
+        """
+        frames = self._receive_frames()
+        try:
+            decoded = wire.decode_header(header)
+        except PoolError as e:
+            self._outbound.refuse(client, wire.peek_id(header) or 0, e, self._engine.unknown)
+            return 0
+        try:
+            is_bundle = decoded.kind is Kind.PREDICT and decoded.flags & Flag.BUNDLE
+            if not is_bundle and decoded.kind is not Kind.CANCEL:
+                client.check_access()
+            if decoded.flags & _REGION and decoded.kind is Kind.PREDICT:
+                frames = self._regions.resolve(decoded, frames)
+            if is_bundle:
+                return self._admit_bundle(client, decoded, frames, now) // _BUNDLE_DISCOUNT
+            if decoded.kind is Kind.PREDICT:
+                self._admit(client, decoded, frames, now)
+            elif frames:
+                raise WireError(f"{decoded.kind.name} with {len(frames)} tensor frames; wanted none")
+            elif decoded.kind is Kind.CANCEL:
+                self._cancelled.setdefault(client, set()).add(decoded.id)
+            else:
+                self._questions.answer(client, decoded)
+        except PoolError as e:
+            self._outbound.refuse(client, decoded.id, e, self._metrics_of(decoded))
+        except Exception as e:
+            log.defect("cannot handle a message")
+            defect = InternalError(f"{type(e).__name__} while handling the request")
+            self._outbound.refuse(client, decoded.id, defect, self._metrics_of(decoded))
+        return 0
+
+    def _receive_frames(self) -> list[memoryview]:
+        frames: list[memoryview] = []
+        while self._router.get(zmq.RCVMORE):
+            frame = self._router.recv(_NOBLOCK, copy=False).buffer
+            if len(frames) <= wire.MAX_TENSORS:  # one too many is enough to refuse it
+                frames.append(frame)
+        return frames
+
+    def _check_sizes(self, frames: Sequence[memoryview]) -> None:
+        most = self._max_frame_bytes
+        for i, frame in enumerate(frames):
+            if len(frame) > most:
+                raise TooLarge(f"tensor frame {i} has {len(frame)} bytes; the server takes at most {most}")
+
+    def _metrics_of(self, header: Header) -> ModelMetrics | None:
+        """What counts the refusal of this message; None if it is no prediction."""
+        if header.kind is not Kind.PREDICT:
+            return None
+        route = self.routes.get(header.meta)
+        if route is not None:
+            return route.generation.metrics
+        try:
+            model = self._engine.models.get(wire.decode_meta(PredictMeta, header.meta).model)
+        except WireError:
+            model = None
+        return self._engine.unknown if model is None else model.metrics
+
+    def _find_route(self, meta: bytes) -> Route:
+        route = self.routes.get(meta)
+        if route is None:
+            route = self._engine.resolve(wire.decode_meta(PredictMeta, meta))
+            if len(self.routes) >= _ROUTES_MAX:
+                self.routes.clear()
+            self.routes[meta] = route
+        return route
+
+    def _admit(self, client: Client, header: Header, frames: list[memoryview], now: float) -> None:
+        self._check_sizes(frames)
+        route = self._find_route(header.meta)
+        deadline = now + (header.millis * 1e-3 or route.timeout_s)
+        account, key = client.account(route.generation), _key(route, header)
+        turn = self._engine.turn
+        sink: Outbound | Timelines = self._outbound
+        if header.flags & Flag.TIMELINE:  # in a turn of its own, which began after the message came
+            turn, sink = self._engine.flush(route.generation, 0), self._timelines
+        ticket = Ticket(sink, client, header.id, route, header.rows, deadline, turn, key, account)
+        tensors: Sequence[memoryview | bytes] = frames
+        if header.flags & _REGION and not route.is_numeric:
+            tensors = private(frames, route.regions)
+        route.generation.place(ticket, tensors, now)
+        self.admitted += 1
+        self._engine.flush(route.generation, 1)
+
+    def _admit_bundle(self, client: Client, header: Header, frames: list[memoryview], now: float) -> int:
+        """Admit or refuse each request of a bundle; gives how many there were (`docs/wire.md` 3.9)."""
+        parts = wire.split_parts(frames[0] if frames else b"", header.rows)
+        try:
+            client.check_access()
+            self._check_sizes(frames[1:])
+            route = self._find_route(header.meta)
+            if not (route.is_batched and route.is_numeric):
+                raise InvalidInput("a bundle of requests with string inputs, or to a signature not batched")
+            key, account, sink = _key(route, header), client.account(route.generation), self._bundles
+            turn = self._engine.turn
+            tickets = [
+                Ticket(
+                    sink,
+                    client,
+                    id_,
+                    route,
+                    rows,
+                    now + (millis * 1e-3 or route.timeout_s),
+                    turn,
+                    key,
+                    account,
+                )
+                for id_, millis, rows in parts
+            ]
+            refused = route.generation.place_all(tickets, frames[1:], now)
+        except PoolError as e:
+            metrics = self._metrics_of(header) or self._engine.unknown
+            self._outbound.refuse_bundled(client, [id_ for id_, _, _ in parts], e, metrics)
+            return len(parts)
+        admitted = len(parts)
+        for error, alike in refused:
+            self._outbound.refuse_bundled(
+                client, [ticket.id for ticket in alike], error, route.generation.metrics
+            )
+            admitted -= len(alike)
+        self.admitted += admitted
+        self._engine.flush(route.generation, admitted)
+        return len(parts)
+
+
+def _key(route: Route, header: Header) -> int:
+    """What the request shares with those it may run with."""
+    return route.keys[header.priority] if header.flags & Flag.PRIORITY else route.key
