@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import resource
 import signal
@@ -18,7 +19,9 @@ import hypothesis
 import psutil
 import pytest
 
-from pool import Client
+from pool import Client, backends
+from pool.backends import find_backend
+from pool.config import Placement
 
 # Every process that a test starts inherits this, and so is found even if its parent is gone.
 MARK = "POOL_TEST_RUN"
@@ -38,6 +41,23 @@ hypothesis.settings.load_profile("pool")
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
 LEAVE_TIMEOUT_S = 5.0  # for children of children: whoever reaps them does so a little later
+
+
+def pytest_collection_finish() -> None:
+    """Tests that collect garbage, to see what is left of their own, need not look through all tests' code."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def tensorflow_backend() -> backends.Backend:
+    """The TensorFlow backend, preloaded and prepared in this process."""
+    found = find_backend("tensorflow")
+    found.preload()
+    found.prepare(Placement())
+    gc.collect()
+    gc.freeze()  # every later collection would look at TensorFlow's 350,000 objects again
+    return found
 
 
 @dataclass

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pool.backends import find_backend
 from pool.config import Placement
 from pool.errors import ModelError, ModelLoadError, SignatureNotFound
 from pool.sample import Recipe, aligned_empty, sample_inputs
@@ -22,11 +21,8 @@ from tests import models
 
 
 @pytest.fixture(scope="module")
-def backend():
-    found = find_backend("tensorflow")
-    found.preload()
-    found.prepare(Placement())
-    return found
+def backend(tensorflow_backend):
+    return tensorflow_backend
 
 
 @pytest.fixture

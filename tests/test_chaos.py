@@ -299,7 +299,7 @@ def report_of(process, code=0):
 
 
 def test_a_short_drill_costs_nobody_an_answer(server):
-    arguments = ("--endpoint", server.endpoint, "--minutes", "0.15", "--seed", "5", "--json")
+    arguments = ("--endpoint", server.endpoint, "--minutes", "0.06", "--seed", "5", "--json")
     report = report_of(pool_chaos(*arguments, "--interval", "0.1", "--rate", "300"))
     assert (report["wrong"], report["lost"], report["duplicated"], report["harmed"]) == (0, 0, 0, {})
     assert report["answered"] > 100
@@ -340,7 +340,7 @@ def test_a_front_that_dies_is_told(tmp_path, endpoint):
             with Client(endpoint) as client:
                 while not client.ready():
                     assert front.poll() is None
-                arguments = ("--endpoint", endpoint, "--minutes", "60", "--timeout", "5", "--json")
+                arguments = ("--endpoint", endpoint, "--minutes", "60", "--timeout", "1", "--json")
                 process = pool_chaos(*arguments, "--interval", "0.05", "--faults", "kill")
                 while client.status()["front"]["requests"] < 300:
                     assert process.poll() is None

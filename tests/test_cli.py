@@ -132,7 +132,8 @@ def test_no_file_is_exit_code_2(command: str, tmp_path: Path) -> None:
 def test_a_model_that_cannot_be_loaded_is_exit_code_1(command: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     file = tmp_path / "pool.toml"
-    file.write_text(f'[server]\nendpoints = ["ipc://{tmp_path}/s"]\n[models.m]\npath = "empty"\n')
+    table = '[models.m]\nbackend = "drill"\npath = "empty"\n'
+    file.write_text(f'[server]\nendpoints = ["ipc://{tmp_path}/s"]\n{table}')
     assert re.search(r"MODEL_LOAD(:| reason=)", pool(command, file, code=1).stderr)
 
 
@@ -161,6 +162,12 @@ def test_check_reports(tmp_path: Path) -> None:
     assert model["weights_bytes"] >= 4 * (784 * 256 + 256 + 256 * 10 + 10)
     assert model["max_batch_size"] == 8
     assert model["arena_bytes"] == model["slots"] * model["slot_bytes"]
+
+
+def test_check_shows_a_table(tmp_path: Path) -> None:
+    (tmp_path / "drill.toml").write_text("row_items = 784")
+    file = tmp_path / "pool.toml"
+    file.write_text('[models.m]\nbackend = "drill"\npath = "."\n')
     shown = pool("check", file).stdout
     assert "float32 [any, 784]" in shown
     assert "one copy for all workers" in shown

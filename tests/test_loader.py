@@ -10,7 +10,6 @@ import sys
 import numpy as np
 import pytest
 
-from pool.backends import find_backend
 from pool.config import Placement
 from pool.errors import ModelLoadError
 from pool.sample import Recipe
@@ -21,11 +20,8 @@ from tests import models
 
 
 @pytest.fixture(scope="module")
-def backend():
-    found = find_backend("tensorflow")
-    found.preload()
-    found.prepare(Placement())
-    return found
+def backend(tensorflow_backend):
+    return tensorflow_backend
 
 
 @pytest.fixture
