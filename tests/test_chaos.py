@@ -299,7 +299,7 @@ def report_of(process, code=0):
 
 
 def test_a_short_drill_costs_nobody_an_answer(server):
-    arguments = ("--endpoint", server.endpoint, "--minutes", "0.06", "--seed", "5", "--json")
+    arguments = ("--endpoint", server.endpoint, "--minutes", "0.1", "--seed", "5", "--json")
     report = report_of(pool_chaos(*arguments, "--interval", "0.1", "--rate", "300"))
     assert (report["wrong"], report["lost"], report["duplicated"], report["harmed"]) == (0, 0, 0, {})
     assert report["answered"] > 100
