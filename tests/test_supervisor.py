@@ -13,7 +13,6 @@ from pool.config import ModelConfig
 from pool.errors import ModelLoadError, Unavailable
 from pool.front.supervisor import Supervisor
 from pool.front.zygotes import UNKNOWN_EXIT, describe_exit, zygote_environment
-from tests import models
 
 PATIENCE_S = 60.0
 
@@ -65,32 +64,38 @@ def test_a_zygote_that_cannot_start_is_an_error_each_time():
     run(scenario)
 
 
-def test_loaders_and_a_zygote_that_dies():
+def test_loaders_and_a_zygote_that_dies(tmp_path):
+    quick, slow = tmp_path / "quick", tmp_path / "slow.toml"
+    (quick / "1").mkdir(parents=True)
+    (quick / "1" / "drill.toml").write_text("weights_bytes = 1000")
+    slow.write_text("batch_s = 0.2")  # a loader runs it some times
+
     async def scenario(supervisor):
         # What many ask for at once is started once.
-        one, two = await asyncio.gather(supervisor.zygote("tensorflow"), supervisor.zygote("tensorflow"))
+        one, two = await asyncio.gather(supervisor.zygote("drill"), supervisor.zygote("drill"))
         assert one is two
 
-        shared = ModelConfig(path=str(models.path("mlp")))
-        report, weights_fd = await supervisor.load("mlp", shared, PATIENCE_S)
+        shared = ModelConfig(path=str(quick), backend="drill")
+        report, weights_fd = await supervisor.load("quick", shared, PATIENCE_S)
         assert report.version == 1
-        assert os.fstat(weights_fd).st_size >= report.weights_bytes
+        assert os.fstat(weights_fd).st_size >= report.weights_bytes > 1000
         os.close(weights_fd)
-        config = ModelConfig(path=str(models.path("mlp")), version=1, share_weights=False)
-        report, nothing = await supervisor.load("mlp", config, PATIENCE_S)
+        config = ModelConfig(path=str(quick), backend="drill", version=1, share_weights=False)
+        report, nothing = await supervisor.load("quick", config, PATIENCE_S)
         assert (report.version, nothing) == (1, None)
 
         with pytest.raises(ModelLoadError, match=r"model 'gone': .*/no/model"):
-            await supervisor.load("gone", ModelConfig(path="/no/model"), PATIENCE_S)
+            await supervisor.load("gone", ModelConfig(path="/no/model", backend="drill"), PATIENCE_S)
 
-        with pytest.raises(ModelLoadError, match=r"model 'mlp': not loaded within 0\.001 s"):
-            await supervisor.load("mlp", config, 0.001)
+        waiting = ModelConfig(path=str(slow), backend="drill")
+        with pytest.raises(ModelLoadError, match=r"model 'slow': not loaded within 0\.001 s"):
+            await supervisor.load("slow", waiting, 0.001)
 
         # A loader that is killed is told from one that fails.
         zygote = psutil.Process(one.pid)
         while one._children:  # the one that took too long is killed, even if it was not forked yet
             await asyncio.sleep(0)
-        loading = asyncio.ensure_future(supervisor.load("mlp", shared, PATIENCE_S))
+        loading = asyncio.ensure_future(supervisor.load("slow", waiting, PATIENCE_S))
         while not (children := zygote.children()):
             await asyncio.sleep(0)
         os.kill(children[0].pid, signal.SIGKILL)
@@ -101,13 +106,13 @@ def test_loaders_and_a_zygote_that_dies():
 
         # A dead zygote forks nothing; a new one is being started.
         os.kill(one.pid, signal.SIGKILL)
-        while "tensorflow" in supervisor.zygotes:
+        while "drill" in supervisor.zygotes:
             await asyncio.sleep(0)
-        with pytest.raises(Unavailable, match="the tensorflow zygote is gone; a new one is being started"):
+        with pytest.raises(Unavailable, match="the drill zygote is gone; a new one is being started"):
             one.fork("loader", [])
-        three = await supervisor.zygote("tensorflow")
+        three = await supervisor.zygote("drill")
         assert three.pid != one.pid
-        report, nothing = await supervisor.load("mlp", config, PATIENCE_S)
+        report, nothing = await supervisor.load("quick", config, PATIENCE_S)
         assert report.version == 1
 
     run(scenario)
