@@ -1,8 +1,14 @@
-"""The commands as a user calls them: real processes, a real server, exit codes, both outputs."""
+"""The commands as a user calls them: a real server, exit codes, both outputs.
+
+Each command runs as a process of its own at least once; where only its arguments or inputs differ from
+that, it runs in this process, which has imported everything already.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import re
@@ -16,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pool.__main__ import main
 from pool.cli import output, predict
 from pool.errors import InvalidInput
 from tests import models
@@ -24,20 +31,31 @@ from tests.conftest import Server, StartServer
 X = np.linspace(-1, 1, 3 * 784, dtype=np.float32).reshape(3, 784)
 
 
-def pool(*args: object, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a command; its exit code is checked, and that no traceback was shown."""
+def pool(*args: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a command as a process; its exit code is checked, and that no traceback was shown."""
     done = subprocess.run(
         [sys.executable, "-m", "pool", *map(str, args)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        cwd=cwd,
         env=os.environ | {"PYTHONPATH": str(models.REPOSITORY)},
         check=False,
     )
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done
+
+
+def call(*args: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """The same in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            ended = main([*map(str, args)])
+        except SystemExit as e:  # argparse's way
+            ended = e.code if isinstance(e.code, int) else 0
+    assert ended == code, out.getvalue() + err.getvalue()
+    return subprocess.CompletedProcess([], ended, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +86,7 @@ def test_help_names_every_command_and_imports_little() -> None:
 
 @pytest.mark.parametrize("command", ["serve", "check", "predict", "status", "top", "bench", "chaos", "demo"])
 def test_each_command_has_help(command: str) -> None:
-    assert f"usage: pool {command}" in pool(command, "--help").stdout
+    assert f"usage: pool {command}" in call(command, "--help").stdout
 
 
 @pytest.mark.parametrize(
@@ -94,13 +112,13 @@ def test_each_command_has_help(command: str) -> None:
     ],
 )
 def test_wrong_arguments(args: tuple[str, ...]) -> None:
-    done = pool(*args, code=2)
+    done = call(*args, code=2)
     assert done.stdout == ""
     assert done.stderr.startswith("usage: pool")
 
 
 def test_bench_needs_work_for_each_client() -> None:
-    assert "--clients" in pool("bench", "m", "--clients", 3, "--concurrency", 2, code=2).stderr
+    assert "--clients" in call("bench", "m", "--clients", 3, "--concurrency", 2, code=2).stderr
 
 
 def test_version() -> None:
@@ -179,20 +197,20 @@ def test_check_shows_a_table(tmp_path: Path) -> None:
 def test_predict_from_npy_and_npz_and_literal_agree(server: Server, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", X)
     np.savez(tmp_path / "x.npz", other=X[:1], keras_tensor=X)
-    signature = json.loads(pool("status", "--endpoint", server.endpoint, "--json").stdout)["models"]["mlp"][
+    signature = json.loads(call("status", "--endpoint", server.endpoint, "--json").stdout)["models"]["mlp"][
         "signatures"
     ]
     name = signature[0]["inputs"][0]["name"]
     np.savez(tmp_path / "named.npz", **{name: X})
     answers = [
-        json.loads(pool("predict", "mlp", "--endpoint", server.endpoint, "--json", "--input", given).stdout)
-        for given in (
-            f"@{tmp_path}/x.npy",
-            f"{name}=@{tmp_path}/x.npy",
-            f"@{tmp_path}/named.npz",
-            f"{name}=@{tmp_path}/named.npz",
-            json.dumps(X.tolist()),
-            f"{name}={json.dumps(X.tolist())}",
+        json.loads(run("predict", "mlp", "--endpoint", server.endpoint, "--json", "--input", given).stdout)
+        for run, given in (
+            (pool, f"@{tmp_path}/x.npy"),
+            (call, f"{name}=@{tmp_path}/x.npy"),
+            (call, f"@{tmp_path}/named.npz"),
+            (call, f"{name}=@{tmp_path}/named.npz"),
+            (call, json.dumps(X.tolist())),
+            (call, f"{name}={json.dumps(X.tolist())}"),
         )
     ]
     (output_name,) = answers[0]
@@ -203,29 +221,29 @@ def test_predict_from_npy_and_npz_and_literal_agree(server: Server, tmp_path: Pa
 
 
 def test_predict_shows_several_inputs(server: Server) -> None:
-    done = pool(
+    done = call(
         "predict", "scalars", "--endpoint", server.endpoint, "--input", "x=[1, 2]", "--input", "y=[0.5, 4]"
     )
     assert done.stdout == "sum: float32 [2]\n[1.5 6. ]\n"
 
 
 def test_predict_strings(server: Server) -> None:
-    done = pool("predict", "strings", "--endpoint", server.endpoint, "--json", "--input", 'text=["a=b", "é"]')
+    done = call("predict", "strings", "--endpoint", server.endpoint, "--json", "--input", 'text=["a=b", "é"]')
     assert json.loads(done.stdout) == {"upper": ["A=B", "é"], "length": [3, 2]}
 
 
 def test_predict_names_signature_and_version(server: Server) -> None:
     args = ("predict", "signatures", "--endpoint", server.endpoint, "--input", "[[1.0, 2.0]]", "--json")
-    assert json.loads(pool(*args).stdout) == {"y": [[3.0, 6.0]]}
-    assert json.loads(pool(*args, "--signature", "double", "--version", 1).stdout) == {"y": [[2.0, 4.0]]}
-    assert "SIGNATURE_NOT_FOUND: " in pool(*args, "--signature", "none", code=1).stderr
-    assert "VERSION_NOT_FOUND: " in pool(*args, "--version", 9, code=1).stderr
+    assert json.loads(call(*args).stdout) == {"y": [[3.0, 6.0]]}
+    assert json.loads(call(*args, "--signature", "double", "--version", 1).stdout) == {"y": [[2.0, 4.0]]}
+    assert "SIGNATURE_NOT_FOUND: " in call(*args, "--signature", "none", code=1).stderr
+    assert "VERSION_NOT_FOUND: " in call(*args, "--version", 9, code=1).stderr
 
 
 def test_predict_saves(server: Server, tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
     args = ("predict", "strings", "--endpoint", server.endpoint, "--input", '["ab", "c"]', "--output", folder)
-    assert sorted(pool(*args).stdout.split()) == [f"{folder}/length.npy", f"{folder}/upper.npy"]
+    assert sorted(call(*args).stdout.split()) == [f"{folder}/length.npy", f"{folder}/upper.npy"]
     assert np.load(folder / "length.npy").tolist() == [2, 1]
     assert np.load(folder / "upper.npy").tolist() == [b"AB", b"C"]
 
@@ -244,7 +262,7 @@ def test_predict_saves(server: Server, tmp_path: Path) -> None:
     ],
 )
 def test_predict_mistakes(server: Server, args: tuple[str, ...], want: str) -> None:
-    done = pool("predict", *args, "--endpoint", server.endpoint, code=1)
+    done = call("predict", *args, "--endpoint", server.endpoint, code=1)
     assert done.stdout == ""
     assert done.stderr.startswith(want)
 
@@ -270,14 +288,14 @@ def test_status(server: Server) -> None:
     (worker,) = mlp["workers"]
     assert worker["state"] == "ready"
     assert worker.keys() >= {"index", "pid", "device", "batches", "uss_bytes", "pss_bytes", "restarts"}
-    shown = pool("status", "--endpoint", server.endpoint).stdout
+    shown = call("status", "--endpoint", server.endpoint).stdout
     assert f"front {server.process.pid}, up " in shown
     assert "mlp worker 0" in shown
 
 
 @pytest.mark.parametrize("args", [("status",), ("predict", "m", "--input", "1"), ("bench", "m"), ("chaos",)])
 def test_no_server_is_exit_code_1(args: tuple[str, ...], tmp_path: Path) -> None:
-    done = pool(*args, "--endpoint", f"ipc://{tmp_path}/none.sock", "--timeout", "0.2", code=1)
+    done = call(*args, "--endpoint", f"ipc://{tmp_path}/none.sock", "--timeout", "0.2", code=1)
     assert done.stdout == ""
     assert done.stderr.startswith("pool: UNAVAILABLE: ")
 
@@ -313,7 +331,7 @@ BENCH_KEYS = {
 
 
 def bench(server: Server, *args: object) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads(pool("bench", *args, "--endpoint", server.endpoint, "--json").stdout)
+    report: dict[str, Any] = json.loads(call("bench", *args, "--endpoint", server.endpoint, "--json").stdout)
     assert report.keys() == BENCH_KEYS
     assert report["errors"] == {}
     assert 0 < report["p50_ms"] <= report["p90_ms"] <= report["p99_ms"] <= report["p999_ms"]
@@ -326,6 +344,11 @@ def bench(server: Server, *args: object) -> dict[str, Any]:
 def test_bench_closed_loop(server: Server) -> None:
     report = bench(server, "mlp", "--requests", 2000, "--concurrency", 65, "--clients", 2, "--rows", 2)
     assert report["mean_batch_rows"] >= 2
+
+
+def test_bench_as_a_process(server: Server) -> None:
+    done = pool("bench", "mlp", "--endpoint", server.endpoint, "--requests", 100, "--json")
+    assert json.loads(done.stdout).keys() == BENCH_KEYS
 
 
 def test_bench_one_at_a_time_makes_batches_of_one(server: Server) -> None:
@@ -343,17 +366,17 @@ def test_bench_makes_up_strings_and_takes_files(server: Server, tmp_path: Path) 
     np.savez(tmp_path / "x.npz", x=np.arange(10, dtype=np.int32), y=np.ones(10, np.float32))
     bench(server, "scalars", "--requests", 100, "--input", tmp_path / "x.npz", "--rows", 3)
     args = ("bench", "scalars", "--endpoint", server.endpoint, "--input", tmp_path / "x.npz", "--rows", 11)
-    assert "has 10 rows; wanted at least 11" in pool(*args, code=1).stderr
+    assert "has 10 rows; wanted at least 11" in call(*args, code=1).stderr
 
 
 def test_bench_shows_a_table(server: Server) -> None:
-    shown = pool("bench", "mlp", "--endpoint", server.endpoint, "--requests", 50).stdout
+    shown = call("bench", "mlp", "--endpoint", server.endpoint, "--requests", 50).stdout
     assert "requests/s" in shown
     assert "latency, 99.9 %" in shown
 
 
 def test_bench_of_an_absent_model(server: Server) -> None:
-    assert "MODEL_NOT_FOUND" in pool("bench", "absent", "--endpoint", server.endpoint, code=1).stderr
+    assert "MODEL_NOT_FOUND" in call("bench", "absent", "--endpoint", server.endpoint, code=1).stderr
 
 
 @pytest.mark.parametrize("whom", ["alone", "group"])
@@ -390,7 +413,7 @@ def test_bench_interrupted(server: Server, whom: str) -> None:
 
 
 def rows(server: Server) -> int:
-    status = json.loads(pool("status", "--endpoint", server.endpoint, "--json").stdout)
+    status = json.loads(call("status", "--endpoint", server.endpoint, "--json").stdout)
     return int(status["models"]["mlp"]["rows"])
 
 
