@@ -4,6 +4,7 @@
 #   make test    the whole test suite
 #   make lint    style, formatting, types and import rules
 #   make bench   the measurements of bench/
+#   make budget  instructions per request against bench/budget.json; needs valgrind
 #   make install-service   what has systemd run servers from this checkout; DESTDIR=DIR for elsewhere than /
 #   make clean   remove .venv and everything generated
 
@@ -16,7 +17,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench install-service clean
+.PHONY: demo test lint bench budget install-service clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -33,6 +34,9 @@ lint: $(VENV)/.installed-lint
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m bench $(BENCH_ARGS)
+
+budget: $(VENV)/.installed-test
+	$(BIN)/python -m bench.cpu_budget $(BUDGET_ARGS)
 
 install-service: $(VENV)/.installed-service
 	$(BIN)/pool install-service --root "$(or $(DESTDIR),/)" $(SERVICE_ARGS)
