@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pool.errors import Cancelled, DeadlineExceeded, Overloaded
-from pool.flow import Pipeline, Pipelines, Step, fork
+from pool.flow import Pipeline, Pipelines, Step, each, fork
 from tests.interleaving import run, turns
 
 seeds = st.integers(0, 2**32 - 1)
@@ -62,6 +62,22 @@ def test_a_fork_goes_all_ways_at_the_same_time():
             await failing.send(0)
         assert loop.time() == 4
         assert failing.is_idle
+
+    run(main())
+
+
+def test_each_of_several_messages_goes_through_at_the_same_time():
+    async def main():
+        loop = asyncio.get_running_loop()
+        pipeline = Pipeline(each(Step(nap)), "ann", None)
+        assert await pipeline.send([3, 1, 2]) == [None] * 3
+        assert loop.time() == 3
+        with pytest.raises(TypeError):
+            await pipeline.send([5, "no time"])
+        assert loop.time() == 3
+        assert pipeline.is_idle
+        assert await Pipeline(each(Step(double)), "ann", None).send([3, 1, 2]) == [6, 2, 4]
+        assert await pipeline.send([]) == []
 
     run(main())
 

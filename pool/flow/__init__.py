@@ -12,7 +12,7 @@ from pool.flow.actor import Actor, ActorStopped, Directive, Ref, Supervision, Sy
 from pool.flow.channel import Channel, ChannelClosed, select
 from pool.flow.deadline import within
 from pool.flow.model import Model
-from pool.flow.pipeline import Pipeline, Pipelines, Step, fork
+from pool.flow.pipeline import Pipeline, Pipelines, Step, each, fork
 from pool.flow.registry import Registry
 from pool.flow.stages import fan_in, fan_out, stage
 
@@ -30,6 +30,7 @@ __all__ = [
     "Step",
     "Supervision",
     "System",
+    "each",
     "fan_in",
     "fan_out",
     "fork",

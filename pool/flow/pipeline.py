@@ -75,6 +75,18 @@ def fork(*steps: Step[Any, Any, Any]) -> Step[Any, Any, tuple[Any, ...]]:
     return Step(run)
 
 
+def each(step: Step[State, In, Out]) -> Step[State, list[In], list[Out]]:
+    """A step that takes each of several messages through one at the same time; gives what came of each.
+
+    If one raises, the others are cancelled.
+    """
+
+    async def run(pipeline: Pipeline[State, Any, Any], messages: list[In]) -> list[Out]:
+        return await together(*(step(pipeline, message) for message in messages))
+
+    return Step(run)
+
+
 class Pipeline(Generic[State, In, Out]):
     """One user's way through the steps.
 
