@@ -47,8 +47,8 @@ clean:
 
 # One stamp a set of extras, newer than what it was made from: nothing is installed twice.
 EXTRAS_demo := tensorflow,demo
-EXTRAS_test := tensorflow,demo,test
-EXTRAS_lint := tensorflow,demo,test,lint
+EXTRAS_test := tensorflow,demo,examples,test
+EXTRAS_lint := tensorflow,demo,examples,test,lint
 EXTRAS_bench := tensorflow,demo
 EXTRAS_service := tensorflow
 

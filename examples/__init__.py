@@ -1,0 +1,1 @@
+"""Applications of `pool`, to run and to copy from."""
