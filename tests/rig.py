@@ -19,6 +19,7 @@ from pool.front.generation import Generation
 from pool.front.replies import Reply
 from pool.front.route import Route
 from pool.front.slots import Account, Slot, Ticket, Turn
+from pool.shm import loans
 from pool.shm.arena import Arena
 from pool.shm.control import LoadReport
 from pool.shm.doorbell import Message, Ring
@@ -148,7 +149,14 @@ class Rig:
         # A worker maps the arena by itself; here both ends may share one map.
         arena = Arena.__new__(Arena)
         arena.__dict__ |= served.arena.__dict__
-        self.runner = Runner(self.model, arena, served.signatures, served.config.allowed_batch_sizes)
+        self.lender, self.borrower = loans.make_pair()
+        self.runner = Runner(
+            self.model,
+            arena,
+            served.signatures,
+            served.config.allowed_batch_sizes,
+            loans.Borrowed(self.borrower),
+        )
         self.now = time.monotonic()
         self.batches: list[int] = []
 
@@ -160,6 +168,8 @@ class Rig:
 
     def close(self) -> None:
         self.runner = None  # type: ignore[assignment]
+        self.lender.close()
+        self.borrower.close()
         self.generation.close()
 
     # -- a client's part ----------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from pool.front.logs import Log
 from pool.front.metrics import ModelMetrics
 from pool.front.outbound import Outbound
 from pool.front.questions import Questions
-from pool.front.regions import Regions, private
+from pool.front.regions import Loan, Regions, private
 from pool.front.route import Route
 from pool.front.slots import Ticket
 from pool.front.timelines import Timelines
@@ -101,12 +101,13 @@ class Admission:
             is_bundle = decoded.kind is Kind.PREDICT and decoded.flags & Flag.BUNDLE
             if not is_bundle and decoded.kind is not Kind.CANCEL:
                 client.check_access()
+            loans: Sequence[Loan] = ()
             if decoded.flags & _REGION and decoded.kind is Kind.PREDICT:
-                frames = self._regions.resolve(decoded, frames)
+                frames, loans = self._regions.resolve(decoded, frames)
             if is_bundle:
                 return self._admit_bundle(client, decoded, frames, now) // _BUNDLE_DISCOUNT
             if decoded.kind is Kind.PREDICT:
-                self._admit(client, decoded, frames, now)
+                self._admit(client, decoded, frames, loans, now)
             elif frames:
                 raise WireError(f"{decoded.kind.name} with {len(frames)} tensor frames; wanted none")
             elif decoded.kind is Kind.CANCEL:
@@ -157,7 +158,9 @@ class Admission:
             self.routes[meta] = route
         return route
 
-    def _admit(self, client: Client, header: Header, frames: list[memoryview], now: float) -> None:
+    def _admit(
+        self, client: Client, header: Header, frames: list[memoryview], loans: Sequence[Loan], now: float
+    ) -> None:
         self._check_sizes(frames)
         route = self._find_route(header.meta)
         deadline = now + (header.millis * 1e-3 or route.timeout_s)
@@ -170,7 +173,7 @@ class Admission:
         tensors: Sequence[memoryview | bytes] = frames
         if header.flags & _REGION and not route.is_numeric:
             tensors = private(frames, route.regions)
-        route.generation.place(ticket, tensors, now)
+        route.generation.place(ticket, tensors, now, loans)
         self.admitted += 1
         self._engine.flush(route.generation, 1)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from math import ceil, inf
 from operator import itemgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -33,8 +33,12 @@ from pool.front.sizing import plan_arena, row_bytes
 from pool.front.slots import Slot, Ticket
 from pool.shm.arena import Arena, Layout, decode_outputs, plan_layout
 from pool.shm.control import LoadReport
+from pool.shm.loans import is_aligned
 from pool.signature import Signature, choose_signature
 from pool.wire import PredictMeta, TensorMeta
+
+if TYPE_CHECKING:
+    from pool.front.regions import Loan
 
 # Distinct shapes (and output tables) remembered. Each is about a kB; a client that makes up shapes
 # without end must not grow the front.
@@ -239,13 +243,18 @@ class Generation:
         retry_after_ms = min(ceil(self.batcher.expected_s * 1e3) or _RETRY_AFTER_MS, _RETRY_AFTER_MOST_MS)
         return Overloaded(sentence, retry_after_ms=retry_after_ms)
 
-    def place(self, ticket: Ticket, frames: Sequence[memoryview | bytes], now: float) -> None:
+    def place(
+        self, ticket: Ticket, frames: Sequence[memoryview | bytes], now: float, loans: Sequence[Loan] = ()
+    ) -> None:
         """Copy a request's rows into slots and commit them, split over batches where one has no room.
+
+        A request that fills a batch by itself, and may be run on where it lies, is not copied.
 
         Args:
             ticket: In no slot yet; its `route` and `rows` are set.
             frames: Tensor payloads in the request's order (`docs/wire.md` 4).
             now: Monotonic seconds.
+            loans: Where the payloads lie, if a worker can map that.
 
         Raises:
             WireError: a frame's size is not what the header says.
@@ -267,6 +276,10 @@ class Generation:
                 self._unplace(join)
                 raise self.full(ticket)
             memory = self.arena.slots[slot.index]
+            if loans and slot.rows == 0 and ticket.rows == slot.capacity and _can_lend(route, loans):
+                slot.loans = [loan for _, loan in sorted(zip(route.order, loans, strict=True))]
+                self.batcher.commit(slot, ticket, now)
+                return
             rows = min(ticket.rows - done, slot.capacity - slot.rows)
             for column in columns:
                 rows = min(rows, column.fit(memory, slot.rows, done, rows))
@@ -382,6 +395,12 @@ class Generation:
     def read_rows(self, slot: Slot, ticket: Ticket) -> list[bytes]:
         """A copy of a ticket's rows, as payloads in the order of the layout."""
         regions = ticket.route.layout.descriptor.inputs
+        if slot.loans:
+            sizes = [region.row_bytes * ticket.rows for region in regions]
+            return [
+                bytes(loan.region.memory[loan.offset : loan.offset + size])
+                for loan, size in zip(slot.loans, sizes, strict=True)
+            ]
         return read_rows(regions, self.arena.slots[slot.index], ticket.start, ticket.rows)
 
     def refill(
@@ -394,11 +413,16 @@ class Generation:
             tickets: Who runs now, with their rows as `read_rows` gave them.
             aside: Who runs later.
         """
+        slot.loans = ()
         self.batcher.refill(slot, [ticket for ticket, _ in tickets], aside)
         memory = self.arena.slots[slot.index]
         for ticket, payloads in tickets:
             regions = ticket.route.layout.descriptor.inputs
             write_rows(regions, memory, ticket.start, ticket.rows, payloads)
+
+    def settle_loans(self, slot: Slot) -> None:
+        """Copy a batch that lies in memory of its client into its slot."""
+        self.refill(slot, [(ticket, self.read_rows(slot, ticket)) for ticket in slot.tickets], slot.aside)
 
     def _end_of_refused(
         self, tickets: Sequence[Ticket], first: int, barred: Collection[int], error: PoolError, now: float
@@ -449,3 +473,7 @@ class Generation:
             reply = Reply(self.version, route.signature, decoded, route.outputs)
             self._replies[key] = reply
         return reply
+
+
+def _can_lend(route: Route, loans: Sequence[Loan]) -> bool:
+    return route.is_lendable and all(is_aligned(loan.offset) for loan in loans)

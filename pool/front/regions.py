@@ -3,9 +3,10 @@
 Beside the socket file of each `ipc://` endpoint lies another, of a Unix socket. A client connects to it and
 passes one memfd, its *region*, for as long as the connection stands (`docs/wire.md` 7). Then its requests
 may say where in the region their tensors lie, and the front copies them from there into the slot: one
-copy at the speed of memory, where a message is copied by the kernel twice before that.
+copy at the speed of memory, where a message is copied by the kernel twice before that. A request that fills
+a batch by itself is not even copied: the worker runs on the region (`pool.shm.loans`).
 
-The memory is the client's, which may do with it what it likes while it is read here. So nothing that is
+The memory is the client's, which may do with it what it likes while it is read. So nothing that is
 read is believed (strings are copied before their offsets are looked at), and nothing the client can do
 makes a read fault: a page that is not there would be made at the read, at the front's expense, or end the
 process with SIGBUS. What is asked of a region, once, excludes both for good, for seals are never taken off:
@@ -25,14 +26,17 @@ from __future__ import annotations
 import asyncio
 import errno
 import fcntl
+import itertools
 import mmap
 import os
 import secrets
 import socket
 import stat
 import struct
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 from pool import wire
 from pool.endpoints import region_path
@@ -43,8 +47,8 @@ from pool.wire import Flag, Header
 
 log = Log("pool.regions")
 
-# Connections. Each has two descriptors (the socket's, the map's), so all take a quarter of the 1,024 that a
-# process has unless told otherwise. Whoever gets none sends its tensors in its messages.
+# Connections. Each has three descriptors (the socket's, the memfd's, the map's), so all take three eighths of
+# the 1,024 that a process has unless told otherwise. Whoever gets none sends its tensors in its messages.
 _REGIONS_MAX = 128
 # Of one client process, so that it leaves some to others. `pool.Client` has one for each thread that calls.
 _REGIONS_OF_ONE_MAX = 64
@@ -58,12 +62,43 @@ _PAUSE_S = 1.0  # without descriptors, until the next look whether there are som
 _F_SEAL_FUTURE_WRITE = 0x0010  # <linux/fcntl.h>; not in Python 3.10's fcntl
 _SEALS = fcntl.F_SEAL_SHRINK | _F_SEAL_FUTURE_WRITE
 _PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
+_numbers = itertools.count()
+
+
+class Region:
+    """One region, mapped. It stays so while its connection stands, or a batch that lies in it runs.
+
+    Args:
+        fd: Its memfd; owned from now on.
+        size: Bytes.
+
+    Attributes:
+        number: By which workers know it; of all in this process, no two have the same.
+        memory: Its bytes, read-only.
+
+    Raises:
+        OSError: it cannot be mapped.
+    """
+
+    def __init__(self, fd: int, size: int) -> None:
+        weakref.finalize(self, os.close, fd).atexit = False
+        self.fd = fd
+        self.size = size
+        self.memory = memoryview(mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ))
+        self.number = next(_numbers) & 0xFFFFFFFF  # u32 in the doorbell
+
+
+class Loan(NamedTuple):
+    """Where one tensor of a request lies."""
+
+    region: Region
+    offset: int
 
 
 class _Peer:
     """A connection to the side socket, and the region that came over it, if it did yet."""
 
-    __slots__ = ("memory", "pid", "sock", "token", "uid")
+    __slots__ = ("pid", "region", "sock", "token", "uid")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -71,7 +106,7 @@ class _Peer:
             sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
         )
         self.token = b""
-        self.memory: memoryview | None = None
+        self.region: Region | None = None
 
 
 class Regions:
@@ -89,7 +124,7 @@ class Regions:
         os.close(memfd)
         self._listeners: dict[str, socket.socket] = {}
         self._peers: set[_Peer] = set()
-        self._memories: dict[bytes, memoryview] = {}
+        self._regions: dict[bytes, Region] = {}
         self._requests = 0
 
     def listen(self, endpoint: str) -> None:
@@ -137,14 +172,16 @@ class Regions:
     def describe(self) -> dict[str, int]:
         """For the status document: how many regions there are, their bytes, requests that used them."""
         return {
-            "open": len(self._memories),
-            "bytes": sum(map(len, self._memories.values())),
+            "open": len(self._regions),
+            "bytes": sum(region.size for region in self._regions.values()),
             "requests": self._requests,
         }
 
     # -- requests ----------------------------------------------------------------------------------
 
-    def resolve(self, header: Header, references: Sequence[memoryview]) -> list[memoryview]:
+    def resolve(
+        self, header: Header, references: Sequence[memoryview]
+    ) -> tuple[list[memoryview], list[Loan]]:
         """The tensors that a request's frames refer to, where they lie.
 
         Args:
@@ -152,7 +189,8 @@ class Regions:
             references: Its tensor frames.
 
         Returns:
-            Memory of the client, which can change at any time; not to be kept.
+            Memory of the client, which can change at any time; not to be kept. And where it is, to be kept
+            as long as anything reads it.
 
         Raises:
             WireError: one is not a reference, or the request is a bundle.
@@ -162,6 +200,7 @@ class Regions:
         if header.flags & Flag.BUNDLE:
             raise WireError("a bundle with references to a region; wanted tensors")
         tensors: list[memoryview] = []
+        loans: list[Loan] = []
         for i, reference in enumerate(references):
             if len(reference) != wire.REFERENCE.size:
                 raise WireError(
@@ -169,17 +208,18 @@ class Regions:
                     f"wanted a reference of {wire.REFERENCE.size}"
                 )
             token, offset, size = wire.REFERENCE.unpack(reference)
-            memory = self._memories.get(token)
-            if memory is None:
+            region = self._regions.get(token)
+            if region is None:
                 raise Unavailable(f"tensor frame {i} refers to a region that is not there: it was closed")
-            if offset + size > len(memory):
+            if offset + size > region.size:
                 raise InvalidInput(
                     f"tensor frame {i} refers to bytes {offset} to {offset + size}; "
-                    f"its region has {len(memory)}"
+                    f"its region has {region.size}"
                 )
-            tensors.append(memory[offset : offset + size])
+            tensors.append(region.memory[offset : offset + size])
+            loans.append(Loan(region, offset))
         self._requests += 1
-        return tensors
+        return tensors, loans
 
     # -- connections -------------------------------------------------------------------------------
 
@@ -238,12 +278,12 @@ class Regions:
                 os.close(fd)
 
     def _take(self, peer: _Peer, data: bytes, fds: list[int]) -> None:
-        """Map the region that a client offers.
+        """Map the region that a client offers; its descriptor is taken out of `fds` then.
 
         Raises:
             PoolError: it is not one, or there is no room for it; the sentence says which.
         """
-        if peer.memory is not None:
+        if peer.region is not None:
             raise WireError("a second region over one connection; wanted a connection for each")
         if len(data) != wire.REGION_OFFER.size:
             raise WireError(f"{len(data)} bytes; wanted an offer of {wire.REGION_OFFER.size}")
@@ -257,27 +297,27 @@ class Regions:
         if not 0 < size <= REGION_MAX_BYTES:
             raise TooLarge(f"a region of {size} bytes; wanted 1 to {REGION_MAX_BYTES}")
         _check_memory(fds[0], size, self._device)
-        of_this = sum(other.pid == peer.pid for other in self._peers if other.memory is not None)
-        if len(self._memories) >= _REGIONS_MAX or of_this >= _REGIONS_OF_ONE_MAX:
+        of_this = sum(other.pid == peer.pid for other in self._peers if other.region is not None)
+        if len(self._regions) >= _REGIONS_MAX or of_this >= _REGIONS_OF_ONE_MAX:
             raise Unavailable(
-                f"{of_this} regions of this process and {len(self._memories)} in all; "
+                f"{of_this} regions of this process and {len(self._regions)} in all; "
                 f"wanted at most {_REGIONS_OF_ONE_MAX} and {_REGIONS_MAX}"
             )
         try:
-            peer.memory = memoryview(mmap.mmap(fds[0], size, mmap.MAP_SHARED, mmap.PROT_READ))
+            peer.region = Region(fds.pop(), size)
         except OSError as e:
             raise Unavailable(f"the region cannot be mapped: {e.strerror}") from None
         # Whoever knows it may have rows read from this region.
         peer.token = secrets.token_bytes(wire.TOKEN_BYTES)
-        self._memories[peer.token] = peer.memory
+        self._regions[peer.token] = peer.region
 
     def _drop(self, peer: _Peer) -> None:
-        """Forget a region. Nothing reads it now: rows are copied in one go. Its map ends with its views."""
+        """Forget a region; it ends with the last batch that runs on it."""
         self._loop.remove_reader(peer.sock.fileno())
         peer.sock.close()
         self._peers.discard(peer)
-        self._memories.pop(peer.token, None)
-        peer.memory = None
+        self._regions.pop(peer.token, None)
+        peer.region = None
 
 
 def _check_memory(fd: int, size: int, device: int) -> None:

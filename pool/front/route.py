@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pool.errors import InvalidInput
 from pool.front.slots import LANE_BITS, LANES
 from pool.shm.arena import Layout
+from pool.shm.loans import LENDABLE
 from pool.signature import Signature, TensorSpec
 from pool.wire import TensorMeta
 
@@ -30,6 +31,7 @@ class Route:
         inputs: For each tensor frame in the request's order: (offset in the slot, bytes of a row).
         regions: The same frames' `InputRegion`s.
         order: For each tensor frame in the request's order: which of the layout's inputs it is.
+        is_lendable: Whether a worker may run on inputs where their client keeps them (`pool.shm.loans`).
         is_numeric: Whether every input has a fixed size, so that frames go into the slot directly.
         outputs: Indices of the outputs wanted, in the order wanted.
         timeout_s: Of requests that carry none; `inf` for none.
@@ -42,6 +44,7 @@ class Route:
         "inflight_rows",
         "inputs",
         "is_batched",
+        "is_lendable",
         "is_numeric",
         "key",
         "keys",
@@ -73,6 +76,7 @@ class Route:
         self.regions = [layout.descriptor.inputs[i] for i in order]
         self.inputs = [(region.offset, region.row_bytes) for region in self.regions]
         self.is_numeric = all(region.dtype != "string" for region in self.regions)
+        self.is_lendable = all(region.dtype in LENDABLE for region in self.regions)
         self.outputs = outputs
         timeout_ms = generation.config.request_timeout_ms
         self.timeout_s = inf if timeout_ms is None else timeout_ms * 1e-3

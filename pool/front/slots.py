@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import inf
 from typing import Any
 
@@ -120,6 +120,7 @@ class Slot:
         pins: The shell's count of answers that still read the slot's bytes.
         runs: How often these rows were dispatched.
         trial: The shell's note on a batch that failed.
+        loans: The shell's note on where its inputs lie, if that is not in the slot.
         is_overdue: Whether its worker took too long and was given up.
         closed_by: Why its batch went: `full`, `idle_worker` (it had room, but a worker had nothing to do),
             `overdue` (`max_queue_delay_s` passed), `no_room` (none for the next strings), `rerun`.
@@ -139,6 +140,7 @@ class Slot:
         "index",
         "is_overdue",
         "key",
+        "loans",
         "opened_at",
         "pins",
         "place",
@@ -174,6 +176,7 @@ class Slot:
         self.pins = 0
         self.runs = 0
         self.trial: Any = None
+        self.loans: Sequence[Any] = ()
         self.is_overdue = False
         self.has_ballast = False
         self.closed_by = ""

@@ -16,7 +16,7 @@ from pool.front.slots import Slot
 from pool.front.states import WorkerEvent, WorkerState, next_worker_state
 from pool.front.supervisor import Supervisor
 from pool.front.zygotes import UNKNOWN_EXIT, Child, describe_exit
-from pool.shm import control, doorbell
+from pool.shm import control, doorbell, loans
 from pool.signature import Signature
 
 _BACKOFF_FIRST_S = 0.1
@@ -65,6 +65,7 @@ class Worker:
         device: What it is pinned to, as configured; empty for anywhere.
         slot: The slot it runs, if any.
         ahead: The slot it runs next, if it has it already.
+        lent: Numbers of the regions that the present process has.
         batches: Batches finished, by all processes that held this place.
         rows: Rows of those batches.
         busy_s: Seconds it had a batch, by all of them.
@@ -88,6 +89,8 @@ class Worker:
         self.starting: asyncio.Task[None] | None = None
         self.child: Child | None = None
         self.bell: socket.socket | None = None
+        self.loans: socket.socket | None = None
+        self.lent: set[int] = set()
         self.far_bell: socket.socket | None = None  # the worker's end: what it has not read can be taken back
         self.words: LastWords | None = None
         self.slot: Slot | None = None
@@ -121,10 +124,11 @@ class Worker:
     def ended(self, code: int) -> tuple[End, list[str]]:
         """The process is gone: how, and the last lines it wrote. Lets go of what led to it."""
         assert self.child is not None
-        for bell in (self.bell, self.far_bell):
-            if bell is not None:
-                bell.close()
-        self.bell = self.far_bell = None
+        for sock in (self.bell, self.far_bell, self.loans):
+            if sock is not None:
+                sock.close()
+        self.bell = self.far_bell = self.loans = None
+        self.lent.clear()
         lines: list[str] = []
         if self.words is not None:
             lines = self.words.close()
@@ -152,16 +156,19 @@ async def fork_worker(
         words = LastWords(asyncio.get_running_loop())
         try:
             bell, far_bell = doorbell.make_pair()
-            fds = [order_fd, supervisor.lifeline.read_fd, words.write_fd, far_bell.fileno()]
-            fds.append(generation.arena.fd)
+            lender, borrower = loans.make_pair()
+            fds = [order_fd, supervisor.lifeline.read_fd, words.write_fd]
+            fds += [far_bell.fileno(), borrower.fileno(), generation.arena.fd]
             if weights_fd is not None:
                 fds.append(weights_fd)
             try:
                 child = zygote.fork("worker", fds)
             except PoolError:
-                bell.close()
-                far_bell.close()
+                for sock in (bell, far_bell, lender):
+                    sock.close()
                 raise
+            finally:
+                borrower.close()
         except (PoolError, OSError):
             words.close()
             raise
@@ -170,6 +177,7 @@ async def fork_worker(
     finally:
         os.close(order_fd)
     worker.child, worker.bell, worker.far_bell, worker.words = child, bell, far_bell, words
+    worker.loans = lender
     return child, bell
 
 

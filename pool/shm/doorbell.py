@@ -33,6 +33,8 @@ class Ring(enum.IntEnum):
     # front -> worker
     RUN = 1  # run the first `rows` rows of `slot`, cut up as `layout` (its descriptor is in the slot)
     DRAIN = 2  # finish and exit
+    RUN_LENT = 3  # as RUN; the tensors lie in memory of the client (`pool.shm.loans`)
+    GIVE_BACK = 4  # the region whose number is in `generation` is not to be used again
     # worker -> front
     READY = 16  # loaded and warmed up
     DONE = 17  # outputs are in the slot

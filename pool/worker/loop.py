@@ -25,6 +25,7 @@ from pool.shm import doorbell, weights
 from pool.shm.arena import Arena, BatchDescriptor, InputRegion, OutputPlace, align, encode_outputs
 from pool.shm.control import WorkerOrder
 from pool.shm.doorbell import Message, Ring
+from pool.shm.loans import Borrowed, Place, read_places
 from pool.signature import ITEM_BYTES, Signature, dtype_name, numpy_dtype, row_items
 from pool.wire import encode_strings
 
@@ -33,7 +34,9 @@ from pool.wire import encode_strings
 _BOUND_MAX = 4096
 
 
-def run_worker(order: WorkerOrder, doorbell_fd: int, arena_fd: int, weights_fd: int | None = None) -> int:
+def run_worker(
+    order: WorkerOrder, doorbell_fd: int, loans_fd: int, arena_fd: int, weights_fd: int | None = None
+) -> int:
     """Load the model, say READY, and run batches until the front closes the doorbell.
 
     Returns:
@@ -53,13 +56,17 @@ def run_worker(order: WorkerOrder, doorbell_fd: int, arena_fd: int, weights_fd: 
     gc.collect()
     gc.freeze()
     doorbell.ring(sock, Message(Ring.READY))
-    runner = Runner(model, arena, signatures, order.allowed_batch_sizes)
+    borrowed = Borrowed(socket.socket(fileno=loans_fd))
+    runner = Runner(model, arena, signatures, order.allowed_batch_sizes, borrowed)
     waiter = doorbell.Waiter(sock, order.awake_s)
     while True:
         message = waiter.next()
         if message is None or message.kind == Ring.DRAIN:
             return 0
-        doorbell.ring(sock, runner.run(message))
+        if message.kind == Ring.GIVE_BACK:
+            runner.give_back(message.generation)
+        else:
+            doorbell.ring(sock, runner.run(message))
 
 
 def _load(order: WorkerOrder, weights_fd: int | None) -> Model:
@@ -108,6 +115,7 @@ class Runner:
         arena: Mapped; a slot named by a RUN message is the worker's until it answers.
         signatures: By name, as the loader settled them.
         allowed_batch_sizes: Sizes to pad batches up to, rising; empty for none.
+        borrowed: Regions of clients.
     """
 
     def __init__(
@@ -116,13 +124,16 @@ class Runner:
         arena: Arena,
         signatures: dict[str, Signature],
         allowed_batch_sizes: tuple[int, ...],
+        borrowed: Borrowed,
     ) -> None:
         self._model = model
+        self._borrowed = borrowed
         self._arena = arena
         self._signatures = signatures
         self._allowed = allowed_batch_sizes
         self._descriptors: dict[int, BatchDescriptor] = {}  # by layout
-        self._bound: dict[tuple[int, int, int], _Bound] = {}  # by slot, layout, rows with padding
+        # By slot, layout, rows with padding, and where the inputs lie if that is not in the slot.
+        self._bound: dict[tuple[int, int, int, tuple[Place, ...]], _Bound] = {}
 
     def run(self, message: Message) -> Message:
         """Run one batch; gives the answer to ring back. Never raises for what a model does."""
@@ -132,15 +143,18 @@ class Runner:
         try:
             descriptor = self._descriptor(slot, message.layout)
             padded = self._padded(rows, descriptor)
-            if padded > rows:
+            lent: tuple[Place, ...] = ()
+            if message.kind == Ring.RUN_LENT:
+                lent = read_places(self._arena.slots[slot], len(descriptor.inputs))
+            elif padded > rows:
                 self._pad(slot, descriptor, rows, padded)
-            bound = self._bound.get((slot, message.layout, padded))
+            bound = self._bound.get((slot, message.layout, padded, lent))
             if bound is None:
-                bound = self._bind(slot, descriptor, padded)
+                bound = self._bind(slot, descriptor, padded, lent)
             if bound.call is not None:
                 outputs = bound.call()
             else:
-                arrays = self._inputs(slot, descriptor, rows, padded)
+                arrays = self._inputs(slot, descriptor, rows, padded, ())
                 outputs = self._model.bind(descriptor.signature, arrays)()
             places = self._write(slot, bound, outputs, padded)
             self._arena.write_run_record(slot, started_ns, time.monotonic_ns(), places)
@@ -151,6 +165,12 @@ class Runner:
         except Exception as e:
             kind, text = Ring.MODEL_ERROR, f"{type(e).__name__}: {e}"
         return Message(kind, slot, rows, message.generation, message.layout, text)
+
+    def give_back(self, number: int) -> None:
+        """Let go of a client's region."""
+        for key in [key for key in self._bound if any(place.number == number for place in key[3])]:
+            del self._bound[key]
+        self._borrowed.give_back(number)
 
     def _padded(self, rows: int, descriptor: BatchDescriptor) -> int:
         if not descriptor.batched:
@@ -172,25 +192,28 @@ class Runner:
             self._descriptors[layout] = found
         return found
 
-    def _bind(self, slot: int, descriptor: BatchDescriptor, padded: int) -> _Bound:
+    def _bind(self, slot: int, descriptor: BatchDescriptor, padded: int, lent: tuple[Place, ...]) -> _Bound:
         if len(self._bound) >= _BOUND_MAX:
             self._bound.clear()
         if _has_strings(descriptor):
             bound = _Bound(descriptor, None)
         else:
-            arrays = self._inputs(slot, descriptor, padded, padded)
+            arrays = self._inputs(slot, descriptor, padded, padded, lent)
             bound = _Bound(descriptor, self._model.bind(descriptor.signature, arrays))
-        self._bound[slot, descriptor.layout, padded] = bound
+        self._bound[slot, descriptor.layout, padded, lent] = bound
         return bound
 
-    def _inputs(self, slot: int, descriptor: BatchDescriptor, rows: int, padded: int) -> list[Array]:
-        """The slot's inputs: [padded, *row shape], or the whole shape if unbatched.
+    def _inputs(
+        self, slot: int, descriptor: BatchDescriptor, rows: int, padded: int, lent: tuple[Place, ...]
+    ) -> list[Array]:
+        """The batch's inputs: [padded, *row shape], or the whole shape if unbatched.
 
-        Numeric arrays are views of the slot; strings are read from its first `rows` rows and padded here.
+        Numeric arrays are views of the slot, or of the regions in which they lie; strings are read from the
+        slot's first `rows` rows and padded here.
         """
         memory = self._arena.slots[slot]
         arrays: list[Array] = []
-        for region in descriptor.inputs:
+        for i, region in enumerate(descriptor.inputs):
             if region.dtype == "string":
                 shape = (rows, *region.shape) if descriptor.batched else region.shape
                 strings = _read_strings(memory, region, shape)
@@ -201,6 +224,9 @@ class Runner:
                 shape = (padded, *region.shape) if descriptor.batched else region.shape
                 size = ITEM_BYTES[region.dtype] * row_items(shape)
                 view = memory[region.offset : region.offset + size]
+                if lent:
+                    number, at = lent[i]
+                    view = self._borrowed.memory(number)[at : at + size]
                 arrays.append(view.view(numpy_dtype(region.dtype)).reshape(shape))
         return arrays
 
