@@ -24,6 +24,9 @@ _INIT = next(
 )
 _NAMESPACES = ("--pid", "--mount", "--uts", "--ipc", "--cgroup")
 
+# Sockets of the journal. Not /dev/log, which is this machine's.
+_JOURNAL = ("systemd-journald.service", "systemd-journald.socket")
+
 # What systemd itself needs to start and to stop. The first is what it starts.
 _TARGETS = ("basic", "sysinit", "sockets", "timers", "paths", "slices", "shutdown", "umount", "final")
 
@@ -106,6 +109,12 @@ class Systemd:
         file.write_text(text)
         file.chmod(0o644)
 
+    def journal(self, unit: str, *arguments: str) -> list[str]:
+        """Messages of a unit in the journal, which what wrote to a file is not in."""
+        self.run("journalctl", "--sync")
+        told = self.run("journalctl", "--no-pager", "--quiet", "--output=cat", f"--unit={unit}", *arguments)
+        return told.stdout.splitlines()
+
     def read(self, path: str) -> str:
         """Read a file inside; empty if it is not there."""
         file = self.root / path.lstrip("/")
@@ -124,6 +133,11 @@ def booted(etc: Path, log: Path) -> Iterator[Systemd]:
     units.mkdir(parents=True, exist_ok=True)
     for target in _TARGETS:
         shutil.copy(Path(_INIT).parent / "system" / f"{target}.target", units)
+    for unit in _JOURNAL:
+        shutil.copy(Path(_INIT).parent / "system" / unit, units)
+    (units / "sockets.target.wants").mkdir()
+    (units / f"sockets.target.wants/{_JOURNAL[1]}").symlink_to(f"../{_JOURNAL[1]}")
+    (etc / "etc/systemd/journald.conf").write_text("[Journal]\nStorage=volatile\nReadKMsg=no\n")
     (units / "default.target").symlink_to(f"{_TARGETS[0]}.target")
     group = _new_cgroup("")
     mounts = Path("/proc/self/mounts").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import re
 import socket
 import stat
@@ -303,22 +304,41 @@ def test_a_front_that_stands_still_is_started_again(systemd, service):
         assert ask(client) == 3.0
 
 
+TO_JOURNAL = "StandardOutput=journal\nStandardError=journal"
+
+
 def test_a_mistake_in_the_file_is_not_tried_again(systemd, service):
-    service.configure(drill(workers=0))
+    service.configure(drill(workers=0), TO_JOURNAL)
     assert systemd.systemctl("start", service.unit, check=False).returncode != 0
     shown = service.show()
     assert (shown["ActiveState"], shown["ExecMainStatus"], shown["NRestarts"]) == ("failed", "2", "0")
-    assert "workers: must be an integer from 1 to 1024, got 0" in service.log()
+    mistake = f"/etc/pool/{service.name}.toml: models.m.workers: must be an integer from 1 to 1024, got 0"
+    assert shown["StatusText"] == mistake
+    errors = [
+        json.loads(line) for line in systemd.journal(service.unit, "--priority=err", "_TRANSPORT=stdout")
+    ]
+    assert [(e["event"], e["reason"]) for e in errors] == [("cannot serve", mistake)]
 
 
 def test_a_model_that_does_not_load_is_tried_again_some_times(systemd, service):
     systemd.write("/etc/pool/damaged.toml", "no_such_key = 1\n")
     config = '[models.m]\nbackend = "drill"\npath = "damaged.toml"\n'
-    service.configure(config, "[Unit]\nStartLimitBurst=2")
+    service.configure(config, f"{TO_JOURNAL}\n[Unit]\nStartLimitBurst=2")
     systemd.systemctl("start", service.unit, check=False)
     shown = systemd.until(service.unit, lambda p: p["ActiveState"] == "failed")
     assert shown["ExecMainStatus"] == "1"
-    assert service.log().count(" listening ") == 2
+    events = {
+        priority: [
+            json.loads(line)["event"]
+            for line in systemd.journal(
+                service.unit, f"--priority={priority}..{priority}", "_TRANSPORT=stdout"
+            )
+        ]
+        for priority in ("err", "warning", "info")
+    }
+    assert events["info"].count("listening") == 2
+    assert events["err"].count("cannot serve") == 2
+    assert not set(events["err"]) & set(events["info"])
     assert shown["StatusText"].startswith("MODEL_LOAD: model 'm': ")
 
 
