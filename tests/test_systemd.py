@@ -189,6 +189,32 @@ def test_a_drop_in_shows_what_is_hidden_and_nothing_beside_it(systemd, tmp_path)
     assert systemd.read("/run/log/look").split("\n", 1) == ["xxx/run/closed:", "shown\n\n/run/user/7:\na b\n"]
 
 
+def test_the_gpu_drop_in_opens_its_devices_alone(systemd):
+    """Without a GPU: of another driver, whose name is written as theirs are."""
+    gpu = (ROOT / "systemd/gpu.conf").read_text()
+    unit = (ROOT / "systemd/pool@.service").read_text().splitlines()
+    assert {"PrivateDevices=yes", "DevicePolicy=closed"} < set(unit)
+    look = "[Service]\nType=oneshot\nPrivateDevices=yes\nDevicePolicy=closed\n"
+    look += "StandardOutput=append:/run/log/%n\n"
+    look += "ExecStart=/bin/sh -c 'test -c /dev/kmsg && (: </dev/kmsg) 2>&1 && echo open; true'\n"
+    other = gpu.replace("char-nvidia*", "char-me*")
+    for name, text in (("hidden", ""), ("closed", gpu), ("open", other)):
+        systemd.write(f"/etc/systemd/system/{name}.service", look)
+        systemd.write(f"/etc/systemd/system/{name}.service.d/50-gpu.conf", text)
+    systemd.write("/etc/systemd/system/pool@gpu.service.d/50-gpu.conf", gpu)
+    systemd.systemctl("daemon-reload")
+    systemd.systemctl("start", "hidden.service", "closed.service", "open.service")
+    told = {name: systemd.read(f"/run/log/{name}.service") for name in ("hidden", "closed", "open")}
+    assert told["hidden"] == ""
+    assert told["open"] == "open\n"
+    if told["closed"] == "open\n":
+        pytest.skip("this kernel controls no devices")
+    assert "Operation not permitted" in told["closed"]
+    done = systemd.run("systemd-analyze", "verify", "pool@gpu.service")
+    assert "pool" not in done.stderr
+    assert systemd.show("pool@gpu.service")["DeviceAllow"] == "char-nvidia* rw"
+
+
 # -- a life -----------------------------------------------------------------------------------------
 
 
