@@ -28,14 +28,14 @@ def router():
 
 def test_the_directory_and_the_socket_are_made_for_owner_and_group(router, tmp_path):
     path = tmp_path / "run" / "pool" / "pool.sock"
-    assert bind(router, f"ipc://{path}", ServerConfig(ipc_mode="0640")) == str(path)
+    bind(router, f"ipc://{path}", ServerConfig(ipc_mode="0640"))
     assert path.is_socket()
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
     assert stat.S_IMODE(path.parent.stat().st_mode) & 0o027 == 0
 
 
 def test_tcp_has_no_file_to_remove(router):
-    assert bind(router, "tcp://127.0.0.1:*", ServerConfig()) is None
+    bind(router, "tcp://127.0.0.1:*", ServerConfig())
 
 
 def test_a_socket_file_nobody_listens_on_is_replaced(router, tmp_path):

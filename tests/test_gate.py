@@ -65,7 +65,32 @@ def test_it_replaces_nobody_elses_socket(gate, path):
     assert path.read_text() == "another server's"
 
 
-def test_what_a_killed_server_left_is_removed(path):
+@pytest.mark.parametrize("is_lent", [False, True])
+def test_what_a_killed_server_left_is_removed(path, is_lent):
     path.with_name("pool.sock.full").write_text("")
-    Gate(LIMIT).add(str(path))
+    Gate(LIMIT).add(str(path), is_lent)
     assert os.listdir(path.parent) == ["pool.sock"]
+
+
+# -- sockets of the service manager ------------------------------------------------------------------
+
+
+def test_what_is_lent_is_hidden_and_given_back(path):
+    file = path.stat().st_ino
+    gate = Gate(LIMIT)
+    gate.add(str(path), is_lent=True)
+    gate.remove()
+    assert os.listdir(path.parent) == ["pool.sock"]
+    gate.accepted(600)
+    assert os.listdir(path.parent) == ["pool.sock.full"]
+    gate.remove()
+    assert os.listdir(path.parent) == ["pool.sock"]
+    assert path.stat().st_ino == file
+
+
+def test_what_a_killed_server_hid_is_found_again(path):
+    file = path.stat().st_ino
+    path.rename(path.with_name("pool.sock.full"))
+    Gate(LIMIT).add(str(path), is_lent=True)
+    assert os.listdir(path.parent) == ["pool.sock"]
+    assert path.stat().st_ino == file

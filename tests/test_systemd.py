@@ -397,6 +397,16 @@ def test_short_of_memory_one_worker_goes_and_comes_back(systemd, service):
 # -- sockets ----------------------------------------------------------------------------------------
 
 
+PATIENT = Retry(attempts=1000, first_pause=0.02, longest_pause=0.2)
+
+
+def until(is_so):
+    deadline = time.monotonic() + PATIENCE_S
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 class Knocking(threading.Thread):
     """Connects to addresses without a pause, and keeps the errors."""
 
@@ -430,8 +440,7 @@ class Asking(threading.Thread):
         self.is_over = threading.Event()
 
     def run(self):
-        patient = Retry(attempts=1000, first_pause=0.02, longest_pause=0.2)
-        with Client(self.endpoint, timeout=PATIENCE_S, retry=patient) as client:
+        with Client(self.endpoint, timeout=PATIENCE_S, retry=PATIENT) as client:
             while not self.is_over.is_set():
                 try:
                     if ask(client, float(self.count)) != 2.0 * self.count + 1.0:
@@ -456,10 +465,7 @@ def kept_going(*threads):
 
 def until_more(threads, more):
     wanted = [thread.count + more for thread in threads]
-    deadline = time.monotonic() + PATIENCE_S
-    while any(thread.count < want for thread, want in zip(threads, wanted, strict=True)):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: all(thread.count >= want for thread, want in zip(threads, wanted, strict=True)))
 
 
 def test_restarted_under_load_nothing_is_refused_or_lost(systemd, service):
@@ -494,6 +500,30 @@ def test_restarted_under_load_nothing_is_refused_or_lost(systemd, service):
     )
     systemd.systemctl("stop", f"pool@{service.name}.socket")
     assert not service.socket.exists()
+
+
+def test_short_of_descriptors_newcomers_wait_outside(systemd, service):
+    service.configure(drill(), "LimitNOFILE=400")
+    systemd.systemctl("start", f"pool@{service.name}.socket", service.unit)
+    pid = service.show()["MainPID"]
+    hidden = service.socket.with_name("pool.sock.full")
+    with contextlib.ExitStack() as crowd, Client(service.endpoint) as client:
+        assert ask(client) == 3.0
+
+        def connect():
+            with contextlib.suppress(FileNotFoundError):
+                crowd.enter_context(socket.socket(socket.AF_UNIX)).connect(str(service.socket))
+
+        until(lambda: hidden.exists() or connect())
+        assert ask(client) == 3.0, "who is there is served"
+        assert service.show()["MainPID"] == pid
+        # Killed in this state, the next server puts the file back.
+        systemd.systemctl("kill", "--kill-whom=main", "--signal=KILL", service.unit)
+        until(service.socket.exists)
+    assert not hidden.exists()
+    with Client(service.endpoint, timeout=PATIENCE_S, connect_timeout=PATIENCE_S) as client:
+        assert ask(client, retry=PATIENT) == 3.0
+    assert service.show()["NRestarts"] == "1"
 
 
 def test_a_socket_that_nobody_serves_is_a_mistake(systemd, service):

@@ -14,7 +14,7 @@ from pool.errors import ConfigError
 
 def bind(
     router: zmq.Socket[bytes], endpoint: str, config: ServerConfig, passed_fd: int | None = None
-) -> str | None:
+) -> None:
     """Bind `router` to an endpoint.
 
     Args:
@@ -23,9 +23,6 @@ def bind(
         config: Says whose a socket file is, and its mode.
         passed_fd: The socket listening there, if the service manager made it (`pool.front.activation`);
             ZeroMQ's from now on. Its file is the manager's, permissions and all.
-
-    Returns:
-        The socket file to remove when done, for an `ipc://` endpoint bound here.
 
     Raises:
         ConfigError: it cannot be bound; the sentence says which and why.
@@ -45,11 +42,9 @@ def bind(
         os.umask(mask)
         if passed_fd is not None:
             router.setsockopt(zmq.USE_FD, -1)  # which is not for the next endpoint
-    if path is None or passed_fd is not None:
-        return None
-    _give(path, config.ipc_gid, path)
-    os.chmod(path, config.ipc_permissions)
-    return path
+    if path is not None and passed_fd is None:
+        _give(path, config.ipc_gid, path)
+        os.chmod(path, config.ipc_permissions)
 
 
 def _give(path: str, gid: int | None, endpoint_path: str) -> None:

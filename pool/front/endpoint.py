@@ -134,9 +134,10 @@ class Endpoint:
         self._access.open(self._context)
         for endpoint in sorted(self.endpoints, key=lambda e: e.startswith("tcp://")):
             self._access.secure(self._router, endpoint)
-            path = bind(self._router, endpoint, self._config, self._passed.pop(endpoint, None))
-            if path is not None:
-                self._gate.add(path)
+            passed = self._passed.pop(endpoint, None)
+            bind(self._router, endpoint, self._config, passed)
+            if endpoint.startswith("ipc://"):
+                self._gate.add(endpoint.removeprefix("ipc://"), is_lent=passed is not None)
             self._access.check_bound(endpoint, self._router.getsockopt_string(zmq.LAST_ENDPOINT))
             self._regions.listen(endpoint)
         self._fd = int(self._router.getsockopt(zmq.FD))

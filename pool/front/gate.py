@@ -3,6 +3,9 @@
 libzmq 4.3.5 ends the process when it cannot accept a connection on an `ipc://` endpoint for want of a
 descriptor (`ipc_listener.cpp`; `tcp://` only waits). It has no limit of its own to set. But a socket
 whose file bears another name is found by nobody new, and those who are connected do not notice.
+
+A file that the service manager made is hidden in the same way, and put back by a server that stops, or by the
+next one after a server that was killed.
 """
 
 from __future__ import annotations
@@ -39,16 +42,31 @@ class Gate:
         self._closes_at = limit - reserve
         self._opens_at = self._closes_at - reserve // 4
         self._paths: list[str] = []
+        self._lent: set[str] = set()
 
-    def add(self, path: str) -> None:
-        """A socket listens there."""
-        with suppress(FileNotFoundError):
-            os.unlink(path + _HIDDEN)  # of a server that was killed
+    def add(self, path: str, is_lent: bool = False) -> None:
+        """A socket listens there.
+
+        Args:
+            path: Its file.
+            is_lent: Whether it is the service manager's, and stays when the server stops.
+        """
+        with suppress(OSError):
+            if is_lent and not os.path.lexists(path):
+                os.rename(path + _HIDDEN, path)  # by a server that was killed
+            else:
+                os.unlink(path + _HIDDEN)
         self._paths.append(path)
+        if is_lent:
+            self._lent.add(path)
 
     def remove(self) -> None:
-        """Nothing listens any more."""
+        """Nothing listens any more, or the service manager alone."""
         for path in self._paths:
+            if path in self._lent:
+                if not self.is_open:
+                    _show(path)
+                continue
             for name in (path, path + _HIDDEN):
                 with suppress(FileNotFoundError):
                     os.unlink(name)
@@ -68,9 +86,13 @@ class Gate:
             self.is_open = True
             log.info("local connections are taken again")
             for path in self._paths:
-                with suppress(OSError):
-                    os.link(path + _HIDDEN, path)  # which, unlike a rename, replaces nobody else's
-                    os.unlink(path + _HIDDEN)
+                _show(path)
+
+
+def _show(path: str) -> None:
+    with suppress(OSError):
+        os.link(path + _HIDDEN, path)  # which, unlike a rename, replaces nobody else's
+        os.unlink(path + _HIDDEN)
 
 
 def _lowest_free() -> int:
