@@ -23,7 +23,8 @@ from pool import Client, backends
 from pool.backends import find_backend
 from pool.config import Placement
 
-# Every process that a test starts inherits this, and so is found even if its parent is gone.
+# Every process that a test starts inherits this, and so is found even if its parent is gone; those of another
+# process of tests have another one.
 MARK = "POOL_TEST_RUN"
 os.environ[MARK] = f"{os.getpid()}"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -41,6 +42,11 @@ hypothesis.settings.load_profile("pool")
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
 LEAVE_TIMEOUT_S = 5.0  # for children of children: whoever reaps them does so a little later
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes run the whole suite, much of which is waiting; some files run in this process."""
+    return 2 if all(Path(given).is_dir() for given in config.args) else 0
 
 
 def pytest_collection_finish() -> None:
