@@ -49,7 +49,8 @@ def report(*signatures: Signature, version: int = 7) -> LoadReport:
 
 def generation(*signatures: Signature, **config: Any) -> Generation:
     """A generation of the model `m`; keywords are those of its `[models.m]` table."""
-    config = {"max_inflight_rows": 1 << 20} | config  # the arena is the limit unless a test says otherwise
+    # The arena is the limit unless a test says otherwise, and not half a gigabyte, as strings get by default.
+    config = {"max_inflight_rows": 1 << 20, "slots": 4} | config
     return Generation("m", ModelConfig(path="/models/m", **config), report(*signatures))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +43,13 @@ def task(endpoint: str = "ipc:///nowhere", **fields: Any) -> Task:
         "timeout_s": 10.0,
     }
     return Task(endpoint=endpoint, **(defaults | fields))
+
+
+@pytest.fixture(autouse=True)
+def _collecting_goes_on() -> Iterator[None]:
+    """A load client is a process of its own, and collects no garbage while it measures; this process does."""
+    yield
+    gc.enable()
 
 
 class Script:

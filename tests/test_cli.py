@@ -61,7 +61,7 @@ def call(*args: object, code: int = 0) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def server(start_server: StartServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     tables = [
-        f'[models.{name}]\npath = "{models.path(name)}"'
+        f'[models.{name}]\npath = "{models.path(name)}"\nslots = 4'
         for name in ("mlp", "scalars", "strings", "signatures")
     ]
     with start_server(tmp_path_factory.mktemp("cli"), "\n".join(tables)) as running:

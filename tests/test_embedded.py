@@ -27,9 +27,16 @@ from pool.backends.drill import Fault
 from pool.client.reply import SLICED_BYTES
 from pool.client.route import COPY_BYTES
 from pool.config import load_config
+from pool.front import replicas
 from tests import models
 
 PATIENCE_S = 40.0
+
+
+@pytest.fixture(autouse=True)
+def _workers_that_hang_are_killed_soon(monkeypatch):
+    monkeypatch.setattr(replicas, "_STOP_GRACE_S", 0.2)
+
 
 # -- the same calls, embedded and remote -----------------------------------------------------------
 
