@@ -10,6 +10,7 @@ Run as `python -m tests.models DIRECTORY NAME...` to build.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -27,15 +28,24 @@ def path(name: str) -> Path:
     directory = _directory()
     target = directory / name
     if not target.exists():
-        names = [name] if name in LARGE else [*SMALL]
-        missing = [name for name in names if not (directory / name).exists()]
-        command = [sys.executable, "-m", "tests.models", str(directory), *missing]
-        environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
-        done = subprocess.run(
-            command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # what another process builds just now is waited for
+            _build([name] if name in LARGE else [*SMALL])
     return target
+
+
+def _build(names: list[str]) -> None:
+    directory = _directory()
+    missing = [name for name in names if not (directory / name).exists()]
+    if not missing:
+        return
+    command = [sys.executable, "-m", "tests.models", str(directory), *missing]
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def _directory() -> Path:
