@@ -15,7 +15,6 @@ import os
 import random
 import socket
 import time
-import weakref
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
@@ -28,7 +27,7 @@ from pool.front.states import WorkerEvent, WorkerState
 from pool.front.supervisor import Supervisor, place_worker
 from pool.front.workers import End, Worker, backoff_s, fork_worker, private_bytes
 from pool.front.zygotes import Child
-from pool.shm import control, doorbell, loans
+from pool.shm import control, doorbell
 from pool.shm.doorbell import Message, Ring
 
 log = Log("pool.replicas")
@@ -45,8 +44,6 @@ _TRACEBACK_GRACE_S = 0.25
 # The quarantine worker stays this long for the next batch that fails: to start one takes a second.
 _QUARANTINE_LINGER_S = 10.0
 _MEMORY_CHECK_S = 1.0
-
-_RUNS = (Ring.RUN, Ring.RUN_LENT)
 
 
 class Listener(Protocol):
@@ -292,86 +289,33 @@ class Replicas:
 
     def run(self, worker: Worker, slot: Slot) -> None:
         """Ring a worker's doorbell: `slot` is its now, to run at once or after the one that it has."""
-        assert worker.bell is not None
-        if worker.slot is None:
-            worker.move(WorkerEvent.DISPATCH)
-            worker.slot = slot
-        else:
-            assert worker.ahead is None, "a worker has two batches at most"
-            worker.ahead = slot
-        kind = Ring.RUN_LENT if slot.loans and self._lend(worker, slot) else Ring.RUN
-        message = Message(kind, slot.index, slot.rows, slot.generation, slot.layout)
         try:
-            doorbell.ring(worker.bell, message)
+            is_lent = worker.lend(slot, self._generation.arena)
+        except OSError as e:
+            log.debug("region not lent", **self._who(worker), reason=e.strerror)
+            self._generation.settle_loans(slot)
+            is_lent = False
+        try:
+            worker.run(slot, Ring.RUN_LENT if is_lent else Ring.RUN)
         except OSError as e:  # it is dying: its end is about to be seen, and the slot recovered then
             log.warning("doorbell does not ring", **self._who(worker), reason=e.strerror)
 
-    def _lend(self, worker: Worker, slot: Slot) -> bool:
-        """Have a worker know the regions in which a batch lies; False if the batch was copied instead."""
-        assert worker.loans is not None
-        for loan in slot.loans:
-            region = loan.region
-            if region.number in worker.lent:
-                continue
-            try:
-                loans.lend(worker.loans, region.number, region.size, region.fd)
-            except OSError as e:
-                log.debug("region not lent", **self._who(worker), reason=e.strerror)
-                self._generation.settle_loans(slot)
-                return False
-            worker.lent.add(region.number)
-            weakref.finalize(region, self._give_back, worker, region.number).atexit = False
-        places = [loans.Place(loan.region.number, loan.offset) for loan in slot.loans]
-        loans.write_places(self._generation.arena.slots[slot.index], places)
-        return True
-
-    def _give_back(self, worker: Worker, number: int) -> None:
-        """A region has gone, and nothing runs on it any more: neither shall its memory stay."""
-        if number in worker.lent and worker.bell is not None:
-            worker.lent.discard(number)
-            with suppress(OSError):
-                doorbell.ring(worker.bell, Message(Ring.GIVE_BACK, generation=number))
-
     def recall(self, slot: Slot) -> Slot | None:
-        """Take back the slot that a worker has ahead, unless the worker has begun with it.
-
-        Returns:
-            What was taken back: the slot; or the one that was to run before, if the worker got hold of the
-            second alone; or None.
-        """
+        """Take back the slot that a worker has ahead; gives what was taken back (`Worker.recall`)."""
         assert slot.worker is not None
         worker = self._by_id[slot.worker]
-        assert worker.bell is not None
-        assert worker.far_bell is not None
         assert worker.ahead is slot, "not what the worker has ahead"
-        unread = doorbell.take_back(worker.far_bell)
-        not_begun = {message.slot for message in unread if message.kind in _RUNS}
-        if not not_begun:
-            taken = None
-        elif slot.index in not_begun:
-            taken, worker.ahead = slot, None
-        else:
-            taken, worker.slot, worker.ahead = worker.slot, slot, None
-        for message in unread:
-            if taken is None or message.kind not in _RUNS or message.slot != taken.index:
-                doorbell.ring(worker.bell, message)
-        return taken
+        return worker.recall()
 
     def finished(self, worker: Worker, now: float) -> None:
         """The worker answered for its slot; it can take another if it has none ahead."""
-        assert worker.slot is not None
-        worker.move(WorkerEvent.FINISH)
+        done = worker.finish()
         # What a retiring worker still runs counts for its place.
         is_retiring = worker.role == "retiring" and worker.index < len(self.workers)
         counted = self.workers[worker.index] if is_retiring else worker
         counted.batches += 1
-        counted.rows += worker.slot.rows
-        counted.busy_s += now - worker.slot.dispatched_at
-        worker.batches_now += 1
-        worker.failures = 0
-        worker.slot, worker.ahead = worker.ahead, None
-        if worker.slot is not None and worker.state is WorkerState.READY:
-            worker.move(WorkerEvent.DISPATCH)
+        counted.rows += done.rows
+        counted.busy_s += now - done.dispatched_at
         most = self._generation.config.max_batches_per_worker
         if most is not None and worker.batches_now >= most and worker.role == "serving":
             self.replace(worker, f"it has run {worker.batches_now} batches")

@@ -6,6 +6,8 @@ import asyncio
 import os
 import signal
 import socket
+import weakref
+from contextlib import suppress
 from typing import NamedTuple
 
 from pool.config import ModelConfig, Placement
@@ -17,10 +19,13 @@ from pool.front.states import WorkerEvent, WorkerState, next_worker_state
 from pool.front.supervisor import Supervisor
 from pool.front.zygotes import UNKNOWN_EXIT, Child, describe_exit
 from pool.shm import control, doorbell, loans
+from pool.shm.arena import Arena
+from pool.shm.doorbell import Message, Ring
 from pool.signature import Signature
 
 _BACKOFF_FIRST_S = 0.1
 _BACKOFF_MOST_S = 10.0
+_RUNS = (Ring.RUN, Ring.RUN_LENT)
 # Signals that come from outside (somebody, or the kernel short of memory), not from what a batch did.
 _FOREIGN_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -120,6 +125,86 @@ class Worker:
     def move(self, event: WorkerEvent) -> None:
         """Change state; raises IllegalTransition for what cannot happen."""
         self.state = next_worker_state(self.state, event)
+
+    # -- batches ------------------------------------------------------------------------------------
+
+    def run(self, slot: Slot, kind: Ring) -> None:
+        """Ring the doorbell: `slot` is the worker's now, to run at once or after the one that it has.
+
+        Raises:
+            OSError: it does not ring; the slot is the worker's all the same.
+        """
+        assert self.bell is not None
+        if self.slot is None:
+            self.move(WorkerEvent.DISPATCH)
+            self.slot = slot
+        else:
+            assert self.ahead is None, "a worker has two batches at most"
+            self.ahead = slot
+        doorbell.ring(self.bell, Message(kind, slot.index, slot.rows, slot.generation, slot.layout))
+
+    def lend(self, slot: Slot, arena: Arena) -> bool:
+        """Have the worker know the regions in which a batch lies; False if it lies in its slot.
+
+        Raises:
+            OSError: they cannot be passed to it.
+        """
+        assert self.loans is not None
+        for loan in slot.loans:
+            region = loan.region
+            if region.number not in self.lent:
+                loans.lend(self.loans, region.number, region.size, region.fd)
+                self.lent.add(region.number)
+                weakref.finalize(region, self._give_back, region.number).atexit = False
+        if slot.loans:
+            places = [loans.Place(loan.region.number, loan.offset) for loan in slot.loans]
+            loans.write_places(arena.slots[slot.index], places)
+        return bool(slot.loans)
+
+    def _give_back(self, number: int) -> None:
+        """A region has gone, and nothing runs on it any more: neither shall its memory stay."""
+        if number in self.lent and self.bell is not None:
+            self.lent.discard(number)
+            with suppress(OSError):  # it is dying, and its maps with it
+                doorbell.ring(self.bell, Message(Ring.GIVE_BACK, generation=number))
+
+    def recall(self) -> Slot | None:
+        """Take back the slot that the worker has ahead, unless it has begun with it.
+
+        Returns:
+            What was taken back: the slot; or the one that was to run before, if the worker got hold of the
+            second alone; or None.
+        """
+        assert self.bell is not None
+        assert self.far_bell is not None
+        assert self.slot is not None
+        assert self.ahead is not None
+        unread = doorbell.take_back(self.far_bell)
+        not_begun = {message.slot for message in unread if message.kind in _RUNS}
+        if not not_begun:
+            taken = None
+        elif self.ahead.index in not_begun:
+            taken, self.ahead = self.ahead, None
+        else:
+            taken, self.slot, self.ahead = self.slot, self.ahead, None
+        for message in unread:
+            if taken is None or message.kind not in _RUNS or message.slot != taken.index:
+                doorbell.ring(self.bell, message)
+        return taken
+
+    def finish(self) -> Slot:
+        """The worker has answered for a slot, which is returned, and begun with the one it had ahead."""
+        done = self.slot
+        assert done is not None
+        self.move(WorkerEvent.FINISH)
+        self.batches_now += 1
+        self.failures = 0
+        self.slot, self.ahead = self.ahead, None
+        if self.slot is not None and self.state is WorkerState.READY:
+            self.move(WorkerEvent.DISPATCH)
+        return done
+
+    # -- the end ------------------------------------------------------------------------------------
 
     def ended(self, code: int) -> tuple[End, list[str]]:
         """The process is gone: how, and the last lines it wrote. Lets go of what led to it."""
