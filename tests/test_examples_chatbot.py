@@ -135,6 +135,13 @@ def test_there_is_something_to_say_to_every_kind_of_line():
     assert {reply.intent for reply in told.replies} == set(told.intents)
 
 
+def test_the_applications_leave_tensorflow_to_the_workers():
+    script = (
+        "import sys, examples.chatbot.__main__, examples.faces.cascade; sys.exit('tensorflow' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
 def test_without_models_a_conversation_says_so_and_remembers(config):
     async def main():
         conversation = Conversation(Pool.from_file(config), talk.load())

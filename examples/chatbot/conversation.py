@@ -95,9 +95,7 @@ class Conversation(Actor[str, Answer]):
             known = self.learn(line, intent)
             scores = await self.score(line, intent)
         except PoolError as e:  # which says nothing against the conversation
-            return Answer(
-                "busy", f"I cannot think just now ({e.code}). Say that again, please.", memory.shown()
-            )
+            return Answer("busy", f"I cannot think ({e.code}). Say that again, please.", memory.shown())
         return Answer("reply", self.say(intent, known, scores), memory.shown())
 
     async def understand(self, line: str) -> str:
@@ -126,18 +124,9 @@ class Conversation(Actor[str, Answer]):
     def say(self, intent: str, known: dict[str, str], scores: npt.NDArray[np.float32]) -> str:
         """Choose a reply, and remember that it was given."""
         memory, replies = self.memory, self.talk.replies
-        fits = [
-            i for i, reply in enumerate(replies) if reply.intent == intent and reply.needs <= known.keys()
-        ]
+        fits = self.fitting(intent, known) or self.fitting("unknown", known)  # a calculation without numbers
         if intent == "more":
-            about = [i for i, reply in enumerate(replies) if reply.topic == memory.topic != ""]
-            fits = [i for i in about if not memory.told[i]] or fits
-        if not fits:  # such as a calculation without numbers
-            fits = [
-                i
-                for i, reply in enumerate(replies)
-                if reply.intent == "unknown" and reply.needs <= known.keys()
-            ]
+            fits = self.untold() or fits
         if intent == "ask":
             chosen = max(fits, key=lambda i: scores[i])
         else:  # what tells most of what is known; what was said least often; what suits best
@@ -148,6 +137,18 @@ class Conversation(Actor[str, Answer]):
         memory.topic = reply.topic or memory.topic
         text = reply.text.format(**known)
         return f"As I said: {text}" if is_old_news else text
+
+    def fitting(self, intent: str, known: dict[str, str]) -> list[int]:
+        """The replies to a kind of line that mention nothing but what is known."""
+        replies = enumerate(self.talk.replies)
+        return [i for i, reply in replies if reply.intent == intent and reply.needs <= known.keys()]
+
+    def untold(self) -> list[int]:
+        """What was not said of the topic yet."""
+        topic, told = self.memory.topic, self.memory.told
+        return [
+            i for i, reply in enumerate(self.talk.replies) if topic and reply.topic == topic and not told[i]
+        ]
 
 
 def calculate(line: str) -> str:
