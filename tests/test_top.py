@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -91,10 +92,22 @@ def test_it_fits_any_terminal(height, count, workers):
 
 
 def test_models_and_workers_that_have_no_room_are_counted():
-    lines = shown(rates(*[model(f"m{i}", 10) for i in range(5)]), "ipc:///s", 80, 24)
-    assert "... 3 more models" in lines
+    lines = shown(rates(*[model(f"m{i}", 10) for i in range(15)]), "ipc:///s", 80, 24)
+    assert "... 6 more models" in lines
     assert any(re.fullmatch(r"\.\.\. \d+ more workers", line) for line in lines)
     assert lines[-1].endswith("worker=0")
+
+
+def test_models_are_told_shortly_before_they_are_left_out():
+    name = "a-model-with-a-rather-long-name"
+    lines = shown(rates(*[model(f"{i}-{name}", 2) for i in range(8)], errors=0), "ipc:///s", 80, 24)
+    assert lines[2] == ("0-a-model-with-a-rather… ready  12,346/s  p50 2.3 ms p99 1.5 s  1.5 errors/s  6…")
+    assert [line[0] for line in lines[2:10]] == list("01234567")
+    assert lines[10].startswith("WORKER ")
+    assert lines[12].startswith("0-a-model-with-a-…/1 ")
+    # The busiest come first, and keep their stages for longest.
+    lines = shown(rates(*[model(f"m{i}", 2) for i in range(3)], errors=0), "ipc:///s", 80, 15)
+    assert [line.split()[0] for line in lines[2:]][:6] == ["m0", "total", "p50", "p99", "m1", "m2"]
 
 
 def test_what_a_server_says_cannot_steer_the_terminal():
@@ -152,6 +165,7 @@ def test_in_tmux(server, tmp_path):
 
     status = tmp_path / "status"
     line = " ".join(command(server)) + f"; echo $? > {status}.new; mv {status}.new {status}; sleep 60"
+    stopped = False
     tmux("-f", "/dev/null", "new-session", "-d", "-x", "80", "-y", "24", line)
     try:
         deadline = time.monotonic() + PATIENCE_S
@@ -161,6 +175,19 @@ def test_in_tmux(server, tmp_path):
         lines = screen.splitlines()
         check_screen(lines)
         assert len(lines) <= 24
+        # It stands still, and the view goes on.
+        os.kill(server.process.pid, signal.SIGSTOP)
+        try:
+            while "no answer yet" not in tmux("capture-pane", "-p"):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        finally:
+            os.kill(server.process.pid, signal.SIGCONT)
+        while "no answer yet" in tmux("capture-pane", "-p"):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(server.process.pid, signal.SIGSTOP)
+        stopped = True
         tmux("send-keys", "q")
         while not status.exists():
             assert time.monotonic() < deadline, tmux("capture-pane", "-p")
@@ -169,6 +196,8 @@ def test_in_tmux(server, tmp_path):
         assert "pool top" not in tmux("capture-pane", "-p")  # the screen from before is back
     finally:
         tmux("kill-server")
+        if stopped:
+            os.kill(server.process.pid, signal.SIGCONT)
 
 
 def test_in_a_terminal_it_goes_on_until_told_and_leaves_it_as_it_was(server):

@@ -10,6 +10,7 @@ import select
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ _FIELDS_LEFT_OUT = ("role", "pid", "last_words")
 _BAR = 8
 _STAGES = "{:<6}" + "{:>13}" * len(STAGES)
 _WORKER = "{:<20}{:<10}{:<13}{:>8}{:>10}{:>10}{:>9}"
+# Seconds that the view stands still for an answer. After these it says so and goes on.
+_PATIENCE_S = 0.25
 _QUIT = ("q", "Q", "\x03", "\x04")
 
 
@@ -47,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
         Unavailable: no server answers there (`--once`, and at the first look).
     """
     where = args.endpoint or default_endpoint()
-    with connect(args) as client:
+    # Left first, the client ends the call that the thread may be in.
+    with ThreadPoolExecutor(1) as asker, connect(args) as client:
         before = client.status()
         if args.once or not sys.stdout.isatty():
             time.sleep(args.interval)
@@ -55,15 +59,16 @@ def run(args: argparse.Namespace) -> int:
             for line in draw(compare(before, client.status()), where, max(_WIDTH, out.width), None):
                 out.print(line)
             return 0
-        return _show(client.status, before, where, args.interval)
+        return _show(client.status, asker, before, where, args.interval)
 
 
-def _show(ask: Any, before: dict[str, Any], where: str, interval_s: float) -> int:
+def _show(ask: Any, asker: Executor, before: dict[str, Any], where: str, interval_s: float) -> int:
     from rich.console import Group
     from rich.live import Live
 
     out = console()
     rates, trouble = compare(None, before), ""
+    asked: Future[dict[str, Any]] | None = None
     with Live(console=out, screen=True, auto_refresh=False) as live, _keys() as keys:
         while True:
             width, height = out.size
@@ -71,13 +76,18 @@ def _show(ask: Any, before: dict[str, Any], where: str, interval_s: float) -> in
             live.update(Group(*lines), refresh=True)
             if _is_quit(keys, interval_s):
                 return 0
+            asked = asked or asker.submit(ask)
+            if not wait([asked], _PATIENCE_S).done:
+                trouble = trouble or "no answer yet"
+                continue
             try:
-                after = ask()
+                after = asked.result()
             except PoolError as e:
                 trouble = e.message
             else:
                 rates, trouble = compare(before, after), ""
                 before = after
+            asked = None
 
 
 @contextlib.contextmanager
@@ -126,12 +136,17 @@ def draw(rates: Rates, where: str, width: int, height: int | None, trouble: str 
     """
     workers = [worker for model in rates.models for worker in model.workers]
     head, errors = _head(rates, where if height is None else f"{where}  (q quits)", trouble), _errors(rates)
-    model_blocks = [_model(model) for model in rates.models]
+    model_blocks = [[_model(model), *_stages(model)] for model in rates.models]
     worker_blocks = [[_worker(worker)] for worker in workers]
     if height is not None:
         room = height - len(head) - len(errors) - (1 if workers else 0)
-        # Models have what the workers leave, and half of it in any case.
-        model_blocks = _fit(model_blocks, max(room // 2, room - len(workers)), "models")
+        # Models have what the workers leave, and half of it in any case. The last ones are told in one line
+        # each before any is left out.
+        models_room = max(room // 2, room - len(workers))
+        for i in reversed(range(len(model_blocks))):
+            if sum(map(len, model_blocks)) > models_room:
+                model_blocks[i] = [_model(rates.models[i], is_alone=True)]
+        model_blocks = _fit(model_blocks, models_room, "models")
         worker_blocks = _fit(worker_blocks, room - sum(map(len, model_blocks)), "workers")
     lines = [*head, *itertools.chain.from_iterable(model_blocks)]
     if worker_blocks:
@@ -173,10 +188,14 @@ def _head(rates: Rates, where: str, trouble: str) -> list[Text]:
     return [first, second, *([_text(trouble, "bold red")] if trouble else [])]
 
 
-def _model(model: ModelRates) -> list[Text]:
-    name = _text(f"{model.name} ", "bold")
+def _model(model: ModelRates, is_alone: bool = False) -> Text:
+    """The line of a model; with p50 and p99 of the whole where the stages are not shown."""
+    name = _text(f"{_cut(model.name, 24) if is_alone else model.name} ", "bold")
     name.append(model.state, "" if model.state == "ready" else "bold red")
     name.append(f"  {model.results_s:,.0f}/s")
+    total = model.quantiles[STAGES[0]]
+    if is_alone and total:
+        name.append(f"  p50 {_duration(total[0])} p99 {_duration(total[1])}")
     if model.errors_s:
         name.append(f"  {model.errors_s:,.1f} errors/s", "red")
     name.append(f"  {model.queue_rows:,} waiting")
@@ -184,8 +203,13 @@ def _model(model: ModelRates) -> list[Text]:
         fill = model.rows_per_batch / model.max_batch_size
         name.append(f"  {model.rows_per_batch:.1f} rows/batch {fill:.0%}")
         name.append("  " + " ".join(f"{reason} {share:.0%}" for reason, share in model.closed[:2]), "dim")
+    return name
+
+
+def _stages(model: ModelRates) -> list[Text]:
+    """Where a model's time goes; nothing if nobody asked."""
     if not any(model.quantiles.values()):
-        return [name]
+        return []
     quantiles = [model.quantiles[stage] for stage in STAGES]
     table = [
         ["", *STAGES],
@@ -193,11 +217,12 @@ def _model(model: ModelRates) -> list[Text]:
         ["  p99", *[_duration(pair and pair[1]) for pair in quantiles]],
     ]
     styles = ("dim", "", "")
-    return [name, *[_text(_STAGES.format(*row), style) for row, style in zip(table, styles, strict=True)]]
+    return [_text(_STAGES.format(*row), style) for row, style in zip(table, styles, strict=True)]
 
 
 def _worker(worker: WorkerRates) -> Text:
-    line = _text(f"{_cut(worker.name, 19):<20}")
+    model, _, index = worker.name.rpartition("/")
+    line = _text(f"{_cut(model, 18 - len(index))}/{index}".ljust(20))
     line.append(f"{worker.state:<10}", "" if worker.state in ("ready", "busy") else "bold red")
     filled = round(worker.busy * _BAR)
     line.append("█" * filled, "green")
