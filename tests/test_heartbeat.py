@@ -33,6 +33,16 @@ def test_a_rate_is_of_the_time_since_the_last_sentence():
     assert "1000 requests/s" in sentence
 
 
+def test_another_phase_is_told_at_once():
+    line = StatusLine()
+    line.update(1.0, "starting", WELL, 0)
+    assert line.update(1.1, "starting", WELL._replace(workers_ready=4), 0) is None
+    assert (
+        line.update(1.2, "serving", WELL, 9) == "2/2 models ready, 3/4 workers, 0 requests/s, 7 rows queued"
+    )
+    assert line.update(1.3, "serving", WELL, 0) is None
+
+
 def test_what_did_not_change_is_not_said_again():
     line = StatusLine()
     assert line.update(1.0, "serving", WELL, 0)
@@ -120,14 +130,15 @@ def test_a_life(manager, tmp_path):
         assert "EXTEND_TIMEOUT_USEC=30000000" in first
         assert any(line.startswith("STATUS=starting: ") for line in first)
         assert not any("WATCHDOG" in line for line in first), "nobody asked for it"
+        serving = "STATUS=2/2 models ready, 3/4 workers, 0 requests/s, 7 rows queued"
         heartbeat.ready()
-        assert await hear() == ["READY=1"]
+        assert await hear() == ["READY=1", serving], "with what is true from now on"
         heartbeat.reloading()
         began = await hear()
         assert began[0] == "RELOADING=1"
         assert began[1].startswith("MONOTONIC_USEC=")
         heartbeat.ready()
-        assert await hear() == ["READY=1"]
+        assert await hear() == ["READY=1", serving]
         heartbeat.stopping()
         heartbeat.ready()  # of a reload that was under way
         assert (await hear())[:2] == ["STOPPING=1", "EXTEND_TIMEOUT_USEC=30000000"]

@@ -104,7 +104,7 @@ def test_models_are_told_shortly_before_they_are_left_out():
     assert lines[2] == ("0-a-model-with-a-rather… ready  12,346/s  p50 2.3 ms p99 1.5 s  1.5 errors/s  6…")
     assert [line[0] for line in lines[2:10]] == list("01234567")
     assert lines[10].startswith("WORKER ")
-    assert lines[12].startswith("0-a-model-with-a-…/1 ")
+    assert lines[12].startswith("0-a-model-with-a…/1 ")
     # The busiest come first, and keep their stages for longest.
     lines = shown(rates(*[model(f"m{i}", 2) for i in range(3)], errors=0), "ipc:///s", 80, 15)
     assert [line.split()[0] for line in lines[2:]][:6] == ["m0", "total", "p50", "p99", "m1", "m2"]

@@ -46,10 +46,16 @@ def run(args: argparse.Namespace) -> int:
         path = front["reload"]["file"]
         if not os.path.exists(f"/proc/{front['pid']}"):
             raise ConfigError(f"the server is process {front['pid']} of another machine; reload it there")
-        new = load_config(path)  # a mistake is told here, by its line
-        if args.dry_run:
-            _show([str(change) for change in _compare(client.status(), new)], args.json)
-            return 0
+        mistake: ConfigError | None = None
+        try:
+            new = load_config(path)
+            if args.dry_run:
+                _show([str(change) for change in _compare(client.status(), new)], args.json)
+                return 0
+        except ConfigError as e:
+            if args.dry_run:
+                raise
+            mistake = e  # the server is asked all the same: it decides, and its log has the reason
         before = front["reload"]["count"]
         try:
             os.kill(front["pid"], signal.SIGHUP)
@@ -58,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         while (outcome := client.status()["front"]["reload"])["count"] == before or outcome["is_reloading"]:
             time.sleep(_LOOK_S)
     if outcome["error"]:
-        raise ModelLoadError(outcome["error"])
+        raise mistake or ModelLoadError(outcome["error"])
     _show(outcome["changes"], args.json)
     return 0
 

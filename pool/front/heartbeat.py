@@ -74,10 +74,11 @@ class Heart(Protocol):
 
 
 class StatusLine:
-    """The sentence in `systemctl status`: at most one a second, and none twice in a row. Pure."""
+    """The sentence in `systemctl status`: one a second and phase at most, none twice in a row. Pure."""
 
     def __init__(self) -> None:
         self._told = ""
+        self._phase = ""
         self._told_at = -inf
         self._requests = 0
 
@@ -92,9 +93,10 @@ class StatusLine:
             trouble: What is wrong, if anything is.
         """
         passed = now - self._told_at
-        if passed < _STATUS_S:
+        if passed < _STATUS_S and phase == self._phase:
             return None
-        rate = (requests - self._requests) / passed if passed < inf else 0.0
+        # Of a moment there is no rate to tell.
+        rate = (requests - self._requests) / passed if _STATUS_S <= passed < inf else 0.0
         words = [
             f"{vitals.models_ready}/{vitals.models} models ready",
             f"{vitals.workers_ready}/{vitals.workers} workers",
@@ -106,7 +108,7 @@ class StatusLine:
             sentence = f"{phase}: {sentence}"
         if trouble:
             sentence = f"{trouble}; {sentence}"
-        self._told_at, self._requests = now, requests
+        self._told_at, self._requests, self._phase = now, requests, phase
         if sentence == self._told:
             return None
         self._told = sentence
