@@ -176,7 +176,11 @@ def test_the_waiting_rows_of_a_client_that_was_killed_are_freed(server, client):
         print("sent", flush=True)
         sys.stdin.read()
     """)
-    before = client.status()["front"]["clients"]
+
+    def given_up():
+        return client.status()["models"]["m"]["answers"].get("CANCELLED", 0)
+
+    before, before_given_up = client.status()["front"]["clients"], given_up()
     with stopped_worker(client), Raw(server.endpoint) as raw:
         with subprocess.Popen(
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -188,6 +192,7 @@ def test_the_waiting_rows_of_a_client_that_was_killed_are_freed(server, client):
             child.kill()
         await_that(lambda: queue_rows(client) == 0)
         await_that(lambda: client.status()["front"]["clients"] == before + 1)
+        assert given_up() == before_given_up + 5, "counted, also the one that runs"
         mine = [raw.send(drill("m", 4)) for _ in range(4)]  # all but the slot that runs
     with Raw(server.endpoint) as raw:
         await_room(raw, "m", ROWS)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from pool.errors import Cancelled
 from pool.front.clients import Client
 from pool.front.engine import Engine
 from pool.front.replies import Join
@@ -16,7 +17,8 @@ from pool.front.slots import Slot, Ticket
 def withdraw(engine: Engine, cancelled: Mapping[Client, Collection[object]]) -> list[Ticket]:
     """Withdraw requests by id, and those of clients that are gone.
 
-    Rows that wait for a worker are freed; the answers of those that run will be dropped.
+    Rows that wait for a worker are freed; the answers of those that run will be dropped. What clients that are
+    gone had asked for counts as cancelled.
 
     Args:
         engine: Has them.
@@ -41,7 +43,9 @@ def withdraw(engine: Engine, cancelled: Mapping[Client, Collection[object]]) -> 
             if id(join) in joins:
                 continue
             joins[id(join)] = join
-        if not client.is_gone:
+        if client.is_gone:  # nobody to answer, but whoever counts answers is to miss none
+            request.route.generation.metrics.answered(Cancelled.code)
+        else:
             requests.append(request)
     engine.withdraw(parts)
     for join in joins.values():
