@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from pool import Client, ModelNotFound
+from pool.__main__ import main
 from pool.backends import drill
 
 HEAD = '[server]\nendpoints = ["ipc://{folder}/pool.sock"]\n'
@@ -195,7 +196,7 @@ def test_models_come_and_go(site):
         ),
     ],
 )
-def test_a_file_that_is_wrong_changes_nothing(site, models, server, code, sentence):
+def test_a_file_that_is_wrong_changes_nothing(site, capsys, models, server, code, sentence):
     before = site.client.status()["front"]["config"]
     pids = [worker["pid"] for worker in site.model()["workers"]]
     site.write(*models, server=server)
@@ -207,7 +208,12 @@ def test_a_file_that_is_wrong_changes_nothing(site, models, server, code, senten
     os.kill(site.server.process.pid, signal.SIGHUP)
     while site.client.status()["front"]["reload"]["count"] == count:
         site.go_on()
-    assert sentence in site.client.status()["front"]["reload"]["error"]
+    refused = site.client.status()["front"]["reload"]["error"]
+    assert sentence in refused
+    capsys.readouterr()
+    assert main(["status", "--endpoint", site.server.endpoint]) == 0
+    told = "".join(capsys.readouterr().out.split())  # whose lines are broken where the terminal ends
+    assert "".join(f"the last reload was refused: {refused}".split()) in told
     assert site.client.status()["front"]["config"] == before
     assert [worker["pid"] for worker in site.model()["workers"]] == pids
     site.go_on()

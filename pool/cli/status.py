@@ -79,6 +79,14 @@ def show(status: dict[str, Any]) -> None:
                 *_memory(worker),
             )
     out.print(processes)
+    for name, model in status["models"].items():
+        for worker in model.get("workers", ()):
+            if worker["last_error"]:
+                told = f"{name} worker {worker['index']}, the one before: {worker['last_error']}"
+                out.print(told, markup=False, highlight=False)
+    refused = front.get("reload", {}).get("error")
+    if refused:
+        out.print(f"the last reload was refused: {refused}", markup=False, highlight=False)
 
 
 def _served(model: dict[str, Any]) -> list[str]:

@@ -17,8 +17,8 @@ from pool.front.slots import Slot, Ticket
 def withdraw(engine: Engine, cancelled: Mapping[Client, Collection[object]]) -> list[Ticket]:
     """Withdraw requests by id, and those of clients that are gone.
 
-    Rows that wait for a worker are freed; the answers of those that run will be dropped. What clients that are
-    gone had asked for counts as cancelled.
+    Rows that wait for a worker are freed; the answers of those that run will be dropped. What clients that
+    are gone had asked for counts as cancelled.
 
     Args:
         engine: Has them.
