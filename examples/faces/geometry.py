@@ -130,10 +130,8 @@ def crop(pixels: Pixels, boxes: Floats, side: int) -> Pixels:
     height, width, _ = pixels.shape
     y = _samples(boxes[:, 1], boxes[:, 3], side, height)
     x = _samples(boxes[:, 0], boxes[:, 2], side, width)
-    (top, bottom, down, is_high), (left, right, along, is_wide) = (
-        _neighbours(y, height),
-        _neighbours(x, width),
-    )
+    top, bottom, down, is_high = _neighbours(y, height)
+    left, right, along, is_wide = _neighbours(x, width)
     down, along = down[:, :, None, None], along[:, None, :, None]
 
     def line(row: npt.NDArray[np.intp]) -> Pixels:
