@@ -17,9 +17,9 @@ pytest.importorskip("mtcnn", reason="the extra `examples` is not installed")
 data = pytest.importorskip("skimage.data", reason="the extra `examples` is not installed")
 
 from examples.faces import geometry  # noqa: E402
-from examples.faces.cascade import cascade  # noqa: E402
+from examples.faces.cascade import SMALLEST_PIXELS, cascade  # noqa: E402
 from examples.faces.geometry import Candidates  # noqa: E402
-from pool import Pool  # noqa: E402
+from pool import AsyncClient, Pool  # noqa: E402
 
 program = importlib.import_module("examples.faces.__main__")
 
@@ -118,6 +118,29 @@ def test_many_users_share_batches_and_get_their_own_answers(served, portrait):
         assert batches < batches_alone
         assert rows / batches > 1
     assert not any(code != "OK" for model in after.values() for code in model["answers"])
+
+
+def test_a_server_gives_the_same(served, portrait, tmp_path):
+    async def work(pool):
+        await pool.serve(f"ipc://{tmp_path}/pool.sock")
+        async with AsyncClient(f"ipc://{tmp_path}/pool.sock") as client:
+            return await cascade(pool).send("ann", portrait), await cascade(client).send("ben", portrait)
+
+    mine, theirs = served(work)
+    assert_same(theirs, *zip(*mine, strict=True))
+
+
+def test_pictures_are_read_upright_and_no_larger_than_fits(served, tmp_path):
+    rotated = Image.Exif()
+    rotated[0x0112] = 6  # as a phone writes that is held upright
+    Image.new("RGB", (2000, 1000)).save(tmp_path / "large.jpg", exif=rotated)
+    assert program.read(tmp_path / "large.jpg").shape == (1600, 800, 3)
+
+    async def work(pool):
+        side = program.LARGEST_PIXELS * geometry.FIELD // SMALLEST_PIXELS
+        await pool.predict("proposal", np.zeros((1, side, side, 3), np.float32))
+
+    served(work)
 
 
 def test_where_there_is_no_face_or_no_picture(served, portrait):

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from examples.faces.cascade import Face, Picture, cascade
 from examples.faces.networks import NAMES
 from pool import Pool, Predictor
 
 HERE = Path(__file__).parent
+LARGEST_PIXELS = 1600
 COLOUR, DARK = "#00e5a0", "#06281e"
 
 
@@ -29,13 +30,20 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=0, help="then measure so many users at the same time")
     parser.add_argument("--config", type=Path, default=HERE / "pool.toml", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    pictures = {each.stem: np.asarray(Image.open(each).convert("RGB")) for each in given.pictures}
+    pictures = {file.stem: read(file) for file in given.pictures}
     if not pictures:
         from skimage import data
 
         pictures["astronaut"] = data.astronaut()
     make_models(given.config.parent / "models")
     asyncio.run(serve(given.config, pictures, given.output, given.users))
+
+
+def read(file: Path) -> Picture:
+    """A picture from a file, upright, and no larger than a slot of the first network holds."""
+    image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+    image.thumbnail((LARGEST_PIXELS, LARGEST_PIXELS))
+    return np.asarray(image)
 
 
 def make_models(folder: Path) -> None:
