@@ -4,6 +4,8 @@
 #   make test    the whole test suite
 #   make lint    style, formatting, types and import rules
 #   make bench   the measurements of bench/
+#   make bench-peers   the same of other model servers, beside pool: each in an environment of its own, 4 GB in all;
+#                needs h2load (Debian's nghttp2-client), and for PyTriton and Triton Python 3.10
 #   make budget  instructions per request against bench/budget.json; needs valgrind
 #   make install-service   what has systemd run servers from this checkout; DESTDIR=DIR for elsewhere than /
 #   make clean   remove .venv and everything generated
@@ -17,7 +19,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench budget install-service clean
+.PHONY: demo test lint bench bench-peers budget install-service clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -34,6 +36,9 @@ lint: $(VENV)/.installed-lint
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m bench $(BENCH_ARGS)
+
+bench-peers: $(VENV)/.installed-bench
+	$(BIN)/python -m bench.peers $(BENCH_ARGS)
 
 budget: $(VENV)/.installed-test
 	$(BIN)/python -m bench.cpu_budget $(BUDGET_ARGS)

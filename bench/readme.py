@@ -10,6 +10,8 @@ from typing import Any
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN = "<!-- figures: written by `make bench` -->"
 END = "<!-- end of figures -->"
+PEERS_BEGIN = "<!-- peers: written by `make bench-peers` -->"
+PEERS_END = "<!-- end of peers -->"
 
 
 def render(results: dict[str, Any]) -> str:
@@ -40,8 +42,13 @@ def _number(value: float) -> str:
 
 
 def write(results: dict[str, Any]) -> None:
-    """Put the block in its place."""
+    """Put the block of `make bench` in its place."""
+    put(render(results), BEGIN, END)
+
+
+def put(block: str, begin: str, end: str) -> None:
+    """Put a block, marks included, in the place of the one with these marks."""
     text = README.read_text()
-    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     assert pattern.search(text), f"{README} has no place for the figures"
-    README.write_text(pattern.sub(lambda _: render(results), text))
+    README.write_text(pattern.sub(lambda _: block, text))

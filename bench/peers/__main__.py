@@ -1,0 +1,166 @@
+"""`python -m bench.peers [--quick] [--only NAME,…] [--workloads NAME,…] [--rounds N]`.
+
+All systems take part in the first round of each workload, with each batch wait; those that lead somewhere,
+and pool, in the others. Writes `bench/results-peers.json`, pictures in `docs/`, and the README's second
+table, unless only a part was asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bench import readme
+from bench.machine import describe
+from bench.peers import environments, plots, report
+from bench.peers.ceilings import bare, echo, memcpy
+from bench.peers.summary import Row, better_waits, contenders, medians
+from bench.peers.systems import SYSTEMS
+from bench.peers.workloads import FULL, QUICK, WORKLOADS, Pace, Prepared, measure, prepare, variants
+
+RESULTS = Path(__file__).resolve().parent.parent / "results-peers.json"
+PICTURES = Path(__file__).resolve().parent.parent.parent / "docs"
+LEADERS = 2
+# Sockets of 1,024 clients, at both ends.
+_FILES = 20_000
+
+
+def main() -> None:
+    args = _arguments()
+    # So that servers are ended on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(_FILES, most), most))
+    pace = QUICK if args.quick else FULL
+    rounds = args.rounds or (1 if args.quick else 5)
+    machine = describe()
+    print("\n".join(f"{key}: {value}" for key, value in machine.items()), flush=True)
+    absent = _install(args.only)
+    names = [name for name in args.only if name not in absent]
+    rows: list[Row] = []
+    ceilings: dict[str, Any] = {}
+    began = time.monotonic()
+    for name in args.workloads:
+        prepared = prepare(WORKLOADS[name])
+        rows += _rounds(prepared, names, rounds, pace, args.quick)
+        ceilings |= _ceilings(prepared, pace, rounds)
+    took_s = time.monotonic() - began
+    for row in rows:
+        if "error" in row and row["in_flight"] == 0:
+            absent.setdefault(row["system"], row["error"])
+    results = {
+        **machine,
+        "rounds": rounds,
+        "took_s": round(took_s),
+        "versions": {
+            system.name: environments.versions(system.environment) for system in SYSTEMS if system.environment
+        },
+        "absent": absent,
+        "ceilings": ceilings,
+        "rows": better_waits(medians(row for row in rows if "error" not in row)),
+        "errors": [row for row in rows if "error" in row],
+    }
+    text = report.render(results)
+    print(f"\n{text}\nTook {took_s / 60:.0f} min.")
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / RESULTS.name).write_text(json.dumps(results, indent=1) + "\n")
+    plots.draw(results, PICTURES if args.is_whole else output)
+    if args.is_whole:
+        readme.put(text, readme.PEERS_BEGIN, readme.PEERS_END)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
+    known = [system.name for system in SYSTEMS]
+    parser.add_argument("--quick", action="store_true", help="one short round, with one batch wait")
+    parser.add_argument("--only", metavar="NAME,…", help=f"systems: {', '.join(known)}")
+    parser.add_argument("--workloads", metavar="NAME,…", help=f"of {', '.join(WORKLOADS)}")
+    parser.add_argument("--rounds", type=int, help="rounds of which the median counts (default: 5)")
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="where to write results of a part, or a quick run (default: build/peers)",
+    )
+    args = parser.parse_args()
+    args.is_whole = not (args.quick or args.only or args.workloads or args.output)
+    args.output = args.output or (str(RESULTS.parent) if args.is_whole else "build/peers")
+    for option, choices in (("only", known), ("workloads", list(WORKLOADS))):
+        given = (getattr(args, option) or ",".join(choices)).split(",")
+        unknown = sorted(set(given) - set(choices))
+        if unknown:
+            parser.error(f"--{option}: no {', '.join(unknown)}; wanted of {', '.join(choices)}")
+        setattr(args, option, given)
+    return args
+
+
+def _install(names: list[str]) -> dict[str, str]:
+    """Make the environments; gives those that cannot be made, and why."""
+    absent = {}
+    for system in SYSTEMS:
+        if system.name in names and system.environment:
+            try:
+                environments.python(system.environment)
+            except environments.Missing as e:
+                absent[system.name] = str(e)
+                print(f"{system.name}: {e}", flush=True)
+    return absent
+
+
+def _rounds(prepared: Prepared, names: list[str], rounds: int, pace: Pace, is_quick: bool) -> list[Row]:
+    workload = prepared.workload
+    everyone = variants(workload, names, is_quick)
+    print(f"\n{workload.what}", flush=True)
+    first = [row for system, wait_ms in everyone for row in _one(prepared, system, wait_ms, pace)]
+    rows = list(first)
+    if workload.name == "memory" or rounds == 1:
+        return rows  # bytes do not vary from round to round
+    measured = [row for row in first if "error" not in row]
+    leading = contenders(measured, LEADERS, "pool")
+    by_name = {system.name: system for system in SYSTEMS}
+    again = [(by_name[name], wait_ms) for name, wait_ms in leading]
+    again += [(system, wait_ms) for system, wait_ms in everyone if system.name == "pool"]
+    for number in range(1, rounds):
+        # Forth and back: nobody always follows the same one.
+        for system, wait_ms in again if number % 2 else reversed(again):
+            rows += _one(prepared, system, wait_ms, pace)
+    return rows
+
+
+def _one(prepared: Prepared, system: Any, wait_ms: float, pace: Pace) -> list[Row]:
+    rows = measure(prepared, system, wait_ms, pace)
+    for row in rows:
+        print(f"  {report.line(row)}", flush=True)
+    return rows
+
+
+def _ceilings(prepared: Prepared, pace: Pace, rounds: int) -> dict[str, Any]:
+    workload = prepared.workload
+    row_bytes = prepared.x[0].nbytes
+    seconds = pace.level * workload.length
+    cores = sorted(os.sched_getaffinity(0))
+    if workload.name == "mlp":
+        cores = cores[:1]
+    found: list[dict[str, Any]] = []
+    for _ in range(rounds):
+        each: dict[str, Any] = {}
+        if workload.name in ("mlp", "mobilenet"):
+            each["bare"] = bare(prepared.path, workload.batch, cores, 2 * seconds)
+        if workload.name == "mlp":
+            each["echo"] = echo(row_bytes, 256, seconds)
+            each["echo bundled"] = echo(row_bytes, 256, seconds, workload.batch)
+        if workload.name == "large":
+            each["echo"] = echo(row_bytes, 2, seconds)
+            each["memcpy"] = {"gb_per_s": memcpy(row_bytes, seconds)}
+        found.append(each)
+    return {workload.name: report.median_of(found)} if found[0] else {}
+
+
+main()

@@ -1,0 +1,263 @@
+"""The tables: what was measured, shares of ceilings, and what must be reached. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from statistics import median
+from typing import Any
+
+from bench.peers.summary import Row
+from bench.readme import PEERS_BEGIN, PEERS_END
+
+OWN = "pool"
+
+Results = dict[str, Any]
+
+
+def median_of(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Medians of every figure of every ceiling."""
+    return {
+        name: {figure: median(each[name][figure] for each in rounds) for figure in figures}
+        for name, figures in rounds[0].items()
+    }
+
+
+def line(row: Row) -> str:
+    """One measurement as it is taken, in words."""
+    what = f"{row['system']:28} {row['workers']} workers, wait {row['wait_ms']:g} ms"
+    if "error" in row:
+        return f"{what}: FAILED: {row['error']}"
+    if "lost" in row:
+        back = "never" if row["recovery_s"] is None else f"{row['recovery_s']:.2f} s"
+        return f"{what}: back {back}, lost {row['lost']}"
+    return (
+        f"{what}, {row['in_flight']:>4} in flight: {row['requests_per_s']:>9,.0f}/s  p50 {row['p50_ms']:.2f} "
+        f"p99 {row['p99_ms']:.2f} ms  CPU {row['cpu_us']:,.0f} us  PSS {row['pss_mib']:,.0f} MiB"
+        + (f"  FAILURES {row['failures']}" if row["failures"] else "")
+    )
+
+
+def render(results: Results) -> str:
+    """Everything, in Markdown, with the README's marks around it."""
+    parts = [
+        f"{results['machine']}; {results['system']}; {results['libraries']}. {results['date']}, commit "
+        f"{results['commit']}. Medians of {results['rounds']} alternating rounds for pool and whoever leads "
+        "somewhere, one round for the others; the better of a 2 ms batch wait and none is shown.",
+        *_goals(results),
+        *_throughput(results, "mlp", "MLP 784-256-10: requests/s (p99 ms)", 256),
+        *_throughput(results, "mobilenet", "MobileNetV2 224x224x3: images/s (p99 ms)", 32),
+        *_memory(results),
+        *_large(results),
+        *_kills(results),
+        *_absent(results),
+    ]
+    return "\n\n".join([PEERS_BEGIN, *parts, PEERS_END])
+
+
+# -- tables --------------------------------------------------------------------------------------------
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def of(results: Results, workload: str) -> list[Row]:
+    """The rows of a workload."""
+    return [row for row in results["rows"] if row["workload"] == workload]
+
+
+def _throughput(results: Results, workload: str, title: str, shared: int) -> Iterator[str]:
+    rows = of(results, workload)
+    if not rows:
+        return
+    levels = sorted({row["in_flight"] for row in rows})
+    ceiling = results["ceilings"].get(workload, {}).get("bare", {}).get("requests_per_s")
+    table = []
+    for system, found in _by_system(
+        rows, lambda r: -r["requests_per_s"] if r["in_flight"] == shared else 0.0
+    ):
+        here = {row["in_flight"]: row for row in found}
+        cells = [_rate(here.get(level)) for level in levels]
+        last = here.get(shared)
+        cpu = f"{last['cpu_us']:,.0f}" if last else "-"
+        share = f"{last['requests_per_s'] / ceiling:.0%}" if last and ceiling else "-"
+        failures = sum(row["failures"] for row in found)
+        table.append([system, str(found[0]["workers"]), *cells, cpu, share, str(failures)])
+    head = [title, "workers", *(f"{level} in flight" for level in levels)]
+    yield _table([*head, f"CPU us/request at {shared}", f"share of the ceiling at {shared}", "failed"], table)
+    for name, figures in results["ceilings"].get(workload, {}).items():
+        words = ", ".join(
+            f"{key} {value:,.3g}" if value < 1000 else f"{key} {value:,.0f}" for key, value in figures.items()
+        )
+        yield f"Ceiling, {name}: {words}."  # fmt: skip
+
+
+def _rate(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    return f"{row['requests_per_s']:,.0f} ({row['p99_ms']:.3g})"
+
+
+def _by_system(rows: Sequence[Row], rank: Callable[[Row], float]) -> list[tuple[str, list[Row]]]:
+    systems: dict[str, list[Row]] = {}
+    for row in rows:
+        systems.setdefault(row["system"], []).append(row)
+    return sorted(systems.items(), key=lambda item: min(map(rank, item[1])))
+
+
+def _memory(results: Results) -> Iterator[str]:
+    rows = of(results, "memory")
+    if not rows:
+        return
+    counts = sorted({row["workers"] for row in rows})
+    table = []
+    for system, found in _by_system(rows, lambda r: r["pss_mib"] if r["workers"] == counts[-1] else math.inf):
+        here = {row["workers"]: row for row in found}
+        table.append([system, *(_size(here.get(count)) for count in counts)])
+    words = [f"{count} workers" if count > 1 else "1 worker" for count in counts]
+    yield _table(["805 MB model: PSS of the tree, MiB (s to the first answer)", *words], table)
+
+
+def _size(row: Row | None) -> str:
+    return "-" if row is None else f"{row['pss_mib']:,.0f} ({row['ready_s']:.1f})"
+
+
+def _large(results: Results) -> Iterator[str]:
+    rows = of(results, "large")
+    if not rows:
+        return
+    levels = sorted({row["in_flight"] for row in rows})
+    ceiling = results["ceilings"].get("large", {}).get("memcpy", {}).get("gb_per_s")
+    table = []
+    for system, found in _by_system(rows, lambda r: -r["gb_per_s"]):
+        here = {row["in_flight"]: row for row in found}
+        best = max(row["gb_per_s"] for row in found)
+        share = f"{best / ceiling:.0%}" if ceiling else "-"
+        table.append([system, *(f"{here[n]['gb_per_s']:.2f}" if n in here else "-" for n in levels), share])
+    head = ["25 MB requests: GB/s", *(f"{level} in flight" for level in levels), "share of memcpy"]
+    yield _table(head, table)
+
+
+def _kills(results: Results) -> Iterator[str]:
+    rows = of(results, "kill")
+    if not rows:
+        return
+    ranked = sorted(rows, key=lambda row: math.inf if row["recovery_s"] is None else row["recovery_s"])
+    table = [
+        [
+            row["system"],
+            "never" if row["recovery_s"] is None else f"{row['recovery_s']:.2f}",
+            f"{row['lost']:g}",
+        ]
+        for row in ranked
+    ]
+    yield _table(["SIGKILL of one worker of two, 16 clients", "s to full rate", "requests lost"], table)
+
+
+def _absent(results: Results) -> Iterator[str]:
+    if results["absent"]:
+        yield "Not measured:\n" + "\n".join(f"- {name}: {why}" for name, why in results["absent"].items())
+
+
+# -- what must be reached ------------------------------------------------------------------------------
+
+
+def _goals(results: Results) -> Iterator[str]:
+    table = [row for row in goals(results) if row]
+    if table:
+        yield _table(["pool against the best peer, or its ceiling", "measured", "goal"], table)
+
+
+def goals(results: Results) -> Iterator[list[str]]:
+    """What was asked for: words, what it came to, the goal; only what was measured."""
+
+    def pair(
+        workload: str, figure: str, least: bool, among: Callable[[Row], bool] = lambda _: True, **where: int
+    ) -> tuple[float, Row] | None:
+        rows = [
+            row
+            for row in of(results, workload)
+            if all(row[key] == value for key, value in where.items()) and row.get(figure) is not None
+        ]
+        own = [row for row in rows if row["system"] == OWN]
+        peers = [row for row in rows if row["system"] != OWN and among(row) and not math.isnan(row[figure])]
+        if not own or not peers:
+            return None
+        best = (min if least else max)(peers, key=lambda row: row[figure])
+        return own[0][figure], best
+
+    def ratio(
+        words: str, goal: float, at_least: bool, found: tuple[float, Row] | None, figure: str
+    ) -> list[str]:
+        if found is None:
+            return []
+        own, best = found
+        value = own / best[figure] if best[figure] else math.inf
+        return [words, f"{value:.2f}x ({best['system']})", _goal(goal, at_least, value)]
+
+    def share(words: str, goal: float, value: float | None, at_least: bool = True) -> list[str]:
+        return [] if value is None else [words, f"{value:.2f}", _goal(goal, at_least, value)]
+
+    def own(workload: str, figure: str, **where: int) -> float | None:
+        for row in of(results, workload):
+            if row["system"] == OWN and all(row[key] == value for key, value in where.items()):
+                value: float = row[figure]
+                return value
+        return None
+
+    def over(value: float | None, *path: str) -> float | None:
+        below: Any = results["ceilings"]
+        for key in path:
+            below = below.get(key, {})
+        return value / below if value is not None and below else None
+
+    rate, cpu = "requests_per_s", "cpu_us"
+    yield ratio("MLP, 256 in flight: requests/s", 4, True, pair("mlp", rate, False, in_flight=256), rate)
+    cheap = pair("mlp", cpu, True, in_flight=256)
+    yield ratio("MLP, 256 in flight: server CPU per request", 1 / 3, False, cheap, cpu)
+    yield ratio("MLP, 1 in flight: p50", 1 / 3, False, pair("mlp", "p50_ms", True, in_flight=1), "p50_ms")
+    p50 = own("mlp", "p50_ms", in_flight=1)
+    alone = over(p50, "mlp", "bare", "documented_p50_ms")
+    yield share("MLP, 1 in flight: p50 against the call in-process", 1.6, alone, False)
+    busy = own("mlp", rate, in_flight=256)
+    # pool's client sends bundles: so do the frames that it is compared with. Either ceiling can be the lower.
+    limits = [over(busy, "mlp", name, rate) for name in ("bare", "echo bundled")]
+    most = max((limit for limit in limits if limit is not None), default=None)
+    yield share("MLP, 256 in flight: share of the lower ceiling, model or naked ROUTER", 0.7, most)
+    p99, mid = own("mlp", "p99_ms", in_flight=64), own("mlp", "p50_ms", in_flight=64)
+    yield share("MLP, 64 in flight: p99/p50", 3, None if not p99 or not mid else p99 / mid, False)
+    images = own("mobilenet", rate, in_flight=32)
+    yield share(
+        "MobileNetV2, 32 in flight: share of bare copies", 0.97, over(images, "mobilenet", "bare", rate)
+    )
+    yield ratio(
+        "MobileNetV2, 32 in flight: images/s", 1, True, pair("mobilenet", rate, False, in_flight=32), rate
+    )
+    is_threads = "PyTriton".__eq__
+    yield ratio(
+        "805 MB model, 4 workers: PSS against processes", 1 / 3, False,
+        pair("memory", "pss_mib", True, lambda row: not is_threads(row["system"]), workers=4), "pss_mib",
+    )  # fmt: skip
+    yield ratio(
+        "  against threads of one process", 1, False,
+        pair("memory", "pss_mib", True, lambda row: is_threads(row["system"]), workers=4), "pss_mib",
+    )  # fmt: skip
+    best = max((row["gb_per_s"] for row in of(results, "large") if row["system"] == OWN), default=None)
+    shm = [row for row in of(results, "large") if row["system"] == "Triton gRPC, shared memory"]
+    if best is not None and shm:
+        top = max(shm, key=lambda row: row["gb_per_s"])
+        yield ratio("25 MB requests: GB/s against Triton's shared memory", 1.5, True, (best, top), "gb_per_s")
+    yield share("  share of memcpy", 0.5, over(best, "large", "memcpy", "gb_per_s"))
+    yield ratio(
+        "worker SIGKILL: s to full service", 1 / 3, False, pair("kill", "recovery_s", True), "recovery_s"
+    )
+    lost = own("kill", "lost")
+    yield share("  requests lost", 0, lost, False)
+
+
+def _goal(goal: float, at_least: bool, value: float) -> str:
+    reached = value >= goal if at_least else value <= goal
+    words = f"at {'least' if at_least else 'most'} {goal:.2f}"
+    return words if reached else f"{words} (missed)"
