@@ -11,6 +11,10 @@ import zmq
 from pool.config import ServerConfig
 from pool.errors import ConfigError
 
+# Connections that wait to be accepted, of a socket that was handed over: as many as ZeroMQ has of its own.
+# A service manager's queue is as long as the kernel allows; all of it would come in after the gate is closed.
+_BACKLOG = 100
+
 
 def bind(
     router: zmq.Socket[bytes], endpoint: str, config: ServerConfig, passed_fd: int | None = None
@@ -29,6 +33,9 @@ def bind(
     """
     path = endpoint.removeprefix("ipc://") if endpoint.startswith("ipc://") else None
     if passed_fd is not None:
+        if path is not None:
+            with socket.socket(fileno=os.dup(passed_fd)) as lent:
+                lent.listen(_BACKLOG)
         router.setsockopt(zmq.USE_FD, passed_fd)
     elif path is not None:
         _prepare_ipc(path, config.ipc_gid)
