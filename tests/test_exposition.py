@@ -255,3 +255,17 @@ def test_promtool_likes_the_text_and_the_rules(page):
     subprocess.run(["promtool", "check", "metrics"], input=text.encode(), check=True, capture_output=True)
     rules = str(CONFIGS / "alerts.yml")
     subprocess.run(["promtool", "check", "rules", rules], check=True, capture_output=True)
+
+
+def test_each_alert_has_a_section_of_the_run_book():
+    text = (CONFIGS / "alerts.yml").read_text()
+    alerts = re.findall(
+        r"- alert: (\w+)\n(?:(?!- alert:).*\n)*?          runbook: docs/runbook.md#(\S+)\n", text
+    )
+    assert [name for name, _ in alerts] == re.findall(r"- alert: (\w+)", text)
+    book = (CONFIGS.parent / "docs/runbook.md").read_text()
+    headings = re.findall(r"^## (.+)$", book, re.MULTILINE)
+    anchors = {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert {anchor for _, anchor in alerts} <= anchors
+    assert set(re.findall(r"\]\(#([^)]+)\)", book)) == anchors, "its own table names each section"
+    assert all(f"`{name}`" in book for name, _ in alerts)
