@@ -58,6 +58,13 @@ def test_a_newer_version_is_a_change_of_a_file_that_has_none():
     assert costs(changed(path="/n"), versions={"m": (1, 2)}) == [("models.m.path", Cost.GENERATION)]
 
 
+def test_what_failed_is_loaded_anew():
+    (change,) = compare(NOW, NOW, {}, {}, {"m"})
+    assert str(change) == "models.m: failed: it is loaded anew"
+    (change,) = compare(NOW, changed(workers=3), {"m": 16}, {}, {"m"})
+    assert change.key == "models.m.workers", "which says as much"
+
+
 def test_what_the_socket_is_needs_a_restart():
     then = Config(server=ServerConfig(endpoints=("ipc:///x",), log_level="debug"), models=NOW.models)
     assert costs(then) == [("server.endpoints", Cost.RESTART), ("server.log_level", Cost.IN_PLACE)]

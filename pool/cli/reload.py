@@ -77,7 +77,8 @@ def _compare(status: dict[str, Any], new: Config) -> list[Any]:
     models = {name: model for name, model in status["models"].items() if "slots" in model}
     slots = {name: model["slots"] for name, model in models.items()}
     versions = {name: model["version"] for name, model in models.items()}
-    return compare(now, new, slots, newer_versions(now, versions))
+    failed = {name for name, model in status["models"].items() if model["state"] == "failed"}
+    return compare(now, new, slots, newer_versions(now, versions), failed)
 
 
 def _show(changes: list[str], as_json: bool) -> None:

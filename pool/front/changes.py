@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from pool.config import Config, ModelConfig, ServerConfig
@@ -15,6 +16,7 @@ class Cost(enum.Enum):
     WORKERS = "workers are started or leave"
     GENERATION = "new arena and workers, beside the old ones until they are ready"
     ADD = "a model is loaded"
+    AGAIN = "it is loaded anew"
     REMOVE = "a model answers what it admitted, and ends"
     RESTART = "needs a restart"
 
@@ -39,6 +41,8 @@ class Change(NamedTuple):
             return f"{self.key}: added: {self.cost.value}"
         if self.cost is Cost.REMOVE:
             return f"{self.key}: removed: {self.cost.value}"
+        if self.cost is Cost.AGAIN:
+            return f"{self.key}: failed: {self.cost.value}"
         return f"{self.key}: {_shown(self.before)} -> {_shown(self.after)}: {self.cost.value}"
 
 
@@ -72,7 +76,11 @@ _MODEL_IN_PLACE = frozenset(
 
 
 def compare(
-    now: Config, then: Config, slots: dict[str, int], versions: dict[str, tuple[int, int]]
+    now: Config,
+    then: Config,
+    slots: dict[str, int],
+    versions: dict[str, tuple[int, int]],
+    failed: Collection[str] = (),
 ) -> list[Change]:
     """Every difference, in the order of the structs' fields, models in the order of the new file.
 
@@ -81,6 +89,7 @@ def compare(
         then: What is to be.
         slots: By model: how many slots its arena has now.
         versions: By model that serves its highest version: that, and the highest there is now.
+        failed: Models that were given up. Asked to reload, they are tried again as they are.
     """
     changes = []
     for key in ServerConfig.__struct_fields__:
@@ -93,6 +102,8 @@ def compare(
             mine = _compare_model(name, now.models[name], model, slots.get(name, 0))
             if name in versions and not any(c.key.endswith((".path", ".version")) for c in mine):
                 mine.append(Change(f"models.{name}.version", *versions[name], Cost.GENERATION))
+            if name in failed and not mine:
+                mine.append(Change(f"models.{name}", model, model, Cost.AGAIN))
             changes += mine
         else:
             changes.append(Change(f"models.{name}", None, model, Cost.ADD))

@@ -34,14 +34,16 @@ async def reload(engine: Engine, config: Config) -> list[Change]:
         ConfigError: it has changes that need a restart; nothing was changed.
         PoolError: a model of it cannot be served; nothing was changed.
     """
-    changes = compare(engine.config, config, engine.slots(), newer_versions(engine.config, engine.versions()))
+    failed = {name for name, serving in engine.models.items() if serving.state == "failed"}
+    newer = newer_versions(engine.config, engine.versions())
+    changes = compare(engine.config, config, engine.slots(), newer, failed)
     refused = [change for change in changes if change.cost is Cost.RESTART]
     if refused:
         raise ConfigError("; ".join(str(change) for change in refused))
     ready: dict[str, Serving] = {}
     try:
         for name, model in config.models.items():
-            if _costs(changes, name) & {Cost.ADD, Cost.GENERATION} or _is_failed(engine, name):
+            if name in failed or _costs(changes, name) & {Cost.ADD, Cost.GENERATION}:
                 ready[name] = await engine.start_serving(name, model)
     except BaseException:
         for serving in ready.values():
@@ -62,11 +64,6 @@ async def reload(engine: Engine, config: Config) -> list[Change]:
 
 def _costs(changes: list[Change], name: str) -> set[Cost]:
     return {change.cost for change in of_model(changes, name)}
-
-
-def _is_failed(engine: Engine, name: str) -> bool:
-    """Whether a model was given up: asked to reload, it is tried again as it is."""
-    return name in engine.models and engine.models[name].state == "failed"
 
 
 class Reloads:
