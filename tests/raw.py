@@ -14,7 +14,7 @@ from pool import wire
 from pool.errors import PoolError
 from pool.wire import Flag, Header, Kind, PredictMeta, TensorMeta
 
-ANSWER_TIMEOUT_MS = 20_000
+ANSWER_TIMEOUT_MS = 60_000
 ROW_ITEMS = 4  # of the drill model
 
 ids = itertools.count(1 << 40)

@@ -42,7 +42,7 @@ def run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.timeout(300)  # imports TensorFlow five times and trains, however busy the machine is
+@pytest.mark.timeout(600)  # imports TensorFlow five times and trains, however busy the machine is
 def test_demo() -> None:
     # Not pytest's own folder: a Unix socket's path is short.
     with tempfile.TemporaryDirectory(prefix="pool-") as name:

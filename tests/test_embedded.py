@@ -325,7 +325,7 @@ async def that(condition):
 
 
 async def figures(pool, model="m"):
-    return (await pool.status())["models"][model]
+    return (await pool.status(timeout=PATIENCE_S))["models"][model]
 
 
 class Stopped:
