@@ -33,6 +33,7 @@ from pool.config_mistakes import (
 from pool.config_rules import machine_mistakes, model_mistakes, server_mistakes
 from pool.devices import parse_device
 from pool.errors import ConfigError
+from pool.python import split_path
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -47,7 +48,7 @@ MAX_TIMEOUT_MS = 2**32 - 1  # the wire carries it as a u32
 MAX_PRIORITY = 3
 MAX_UID = 2**32 - 2  # the last one stands for none
 
-Backend = Literal["tensorflow", "drill"]
+Backend = Literal["tensorflow", "python", "drill"]
 AwakeUs = Annotated[float, Meta(ge=0, le=100_000)]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -114,7 +115,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """A `[models.NAME]` table.
 
     Attributes:
-        path: The model's folder or file; absolute after `load_config`.
+        path: The model's folder or file, or `FILE.py:FUNCTION`; absolute after `load_config`.
         backend: The framework that runs it.
         version: The numbered version served; None for the highest there is.
         workers: Processes that run it.
@@ -164,6 +165,12 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_inflight_rows: Annotated[int, Meta(ge=1, le=2**32 - 1)] | None = None
     max_worker_memory_mb: Annotated[int, Meta(ge=1, le=2**24)] | None = None
     max_batches_per_worker: Annotated[int, Meta(ge=1, le=2**32)] | None = None
+
+    @property
+    def file(self) -> tuple[str, str]:
+        """The part of `path` that names a file or folder, and the rest."""
+        split = split_path(self.path) if self.backend == "python" else None
+        return (self.path, "") if split is None else (split[0], f":{split[1]}")
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -221,7 +228,7 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     config = read_config(file)
     folder = Path(file).resolve().parent
     models = {
-        name: msgspec.structs.replace(model, path=str((folder / Path(model.path).expanduser()).resolve()))
+        name: msgspec.structs.replace(model, path=_resolved(folder, model))
         for name, model in config.models.items()
     }
     server = msgspec.structs.replace(
@@ -255,6 +262,11 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     except tomllib.TOMLDecodeError as e:
         raise ConfigError(f"{file}: {syntax_mistake(str(e), text)}") from None
     return decode_config(document, file)
+
+
+def _resolved(folder: Path, model: ModelConfig) -> str:
+    path, function = model.file
+    return str((folder / Path(path).expanduser()).resolve()) + function
 
 
 def _absolute(folder: Path, path: str | None) -> str | None:

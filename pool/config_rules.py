@@ -16,6 +16,7 @@ from pool.devices import parse_device, ranges
 from pool.endpoints import check_endpoint, is_loopback
 from pool.errors import ConfigError
 from pool.keys import PUBLIC_SUFFIX, read_public_key, read_secret_key
+from pool.python import split_path
 
 if TYPE_CHECKING:
     from pool.config import Config, ModelConfig, ServerConfig
@@ -66,6 +67,8 @@ def model_mistakes(key: str, model: ModelConfig) -> Iterator[Mistake]:
     elif sizes and sizes[-1] != model.max_batch_size:
         rule = f"must end with max_batch_size ({model.max_batch_size})"
         yield Mistake(f"{key}.allowed_batch_sizes", rule, sizes)
+    if model.backend == "python":
+        yield from _function_mistakes(key, model)
     if model.slots is not None and model.slots < model.workers:
         yield Mistake(f"{key}.slots", f"must be at least workers ({model.workers})", model.slots)
     if len(model.devices) > model.workers:
@@ -84,11 +87,22 @@ def model_mistakes(key: str, model: ModelConfig) -> Iterator[Mistake]:
         yield Mistake(f"{key}.gpu_memory_mb", rule, model.gpu_memory_mb)
 
 
+def _function_mistakes(key: str, model: ModelConfig) -> Iterator[Mistake]:
+    if split_path(model.path) is None:
+        yield Mistake(f"{key}.path", 'must read "FILE.py:FUNCTION" where backend is "python"', model.path)
+    if model.version is not None:
+        rule = 'must be left out where backend is "python": a file is its own version'
+        yield Mistake(f"{key}.version", rule, model.version)
+    if model.gpu_memory_mb is not None:
+        rule = 'must be left out where backend is "python": the function allocates for itself'
+        yield Mistake(f"{key}.gpu_memory_mb", rule, model.gpu_memory_mb)
+
+
 def machine_mistakes(config: Config, cores: set[int]) -> Iterator[Mistake]:
     """What the configuration names and this machine, whose cores are given, does not have."""
     yield from _access_mistakes(config.server)
     for name, model in config.models.items():
-        if not Path(model.path).exists():
+        if not Path(model.file[0]).exists():
             yield Mistake(f"models.{name}.path", "must exist", model.path)
         for i, device in enumerate(model.devices):
             absent = sorted(set(parse_device(device)[0]) - cores)

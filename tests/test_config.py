@@ -137,7 +137,7 @@ def test_every_key_is_taken() -> None:
         ('workers = "2"', 'workers: must be an integer from 1 to 1024, got "2"'),
         ("version = -1", "version: must be an integer from 0 to 9223372036854775807, got -1"),
         ("warm_up = 1", "warm_up: must be true or false, got 1"),
-        ('backend = "torch"', 'backend: must be one of "drill", "tensorflow", got "torch"'),
+        ('backend = "torch"', 'backend: must be one of "drill", "python", "tensorflow", got "torch"'),
         ("request_timeout_ms = 0", "timeout_ms: must be a number from 1 to 4294967295, got 0"),
         ("max_queue_delay_ms = nan", "max_queue_delay_ms: must be a number from 0 to 3600000, got NaN"),
         ("max_queue_delay_ms = inf", "max_queue_delay_ms: must be a number from 0 to 3600000, got Infinity"),

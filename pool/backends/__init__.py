@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 import numpy.typing as npt
 
 from pool.config import Placement
-from pool.errors import ConfigError
+from pool.errors import ConfigError, ModelError
 from pool.signature import Signature
 
 Array = npt.NDArray[Any]
@@ -22,6 +22,10 @@ Array = npt.NDArray[Any]
 # Runs the model once on the arrays it was bound to and gives the outputs in the signature's order.
 # The arrays returned may alias the framework's memory: they are valid until the next call.
 BoundCall = Callable[[], list[Array]]
+
+
+class BrokenPromise(ModelError):
+    """A model gave something other than its signature says, whatever it was given: no request is to blame."""
 
 
 class Model(Protocol):
@@ -53,7 +57,7 @@ class Model(Protocol):
         C-contiguous, 64-byte aligned and outlive the call. String inputs (object arrays of `bytes`)
         are copied at bind time.
 
-        Raises (the bound call): ModelError with the model's own message.
+        Raises (the bound call): ModelError with the model's own message; BrokenPromise.
         """
 
 
@@ -102,4 +106,4 @@ def find_backend(name: str) -> Backend:
     return cast(Backend, importlib.import_module(f"pool.backends.{name}"))
 
 
-BACKENDS: tuple[str, ...] = ("tensorflow", "drill")
+BACKENDS: tuple[str, ...] = ("tensorflow", "python", "drill")

@@ -58,6 +58,8 @@ def _show(name: str, model: dict[str, Any]) -> None:
     facts.add_row("loaded in", f"{model['load_s']:.1f} s")
     for skipped, reason in model["skipped"].items():
         facts.add_row("not served", f"{skipped}: {reason}")
+    for signature, message in model["unobserved"].items():
+        facts.add_row("not tried", f"{signature}: it raised on all inputs made up for it: {message}")
     out.print(facts)
     out.print(signature_table(msgspec.convert(model["signatures"], list[Signature])))
     out.print()

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from pool.backends import Array, Backend, Model, find_backend
+from pool.backends import Array, Backend, BrokenPromise, Model, find_backend
 from pool.errors import ModelError, ModelLoadError, PoolError
 from pool.sample import Recipe, aligned_empty, recipes, sample_inputs
 from pool.shm import weights as weights_memory
@@ -270,8 +270,16 @@ class _Probe:
 
 
 def _call(model: Model, signature: Signature, inputs: Sequence[Array]) -> list[Array]:
-    """Run once; the outputs are copies, since the framework may reuse its memory."""
-    return [np.array(output) for output in model.bind(signature.name, inputs)()]
+    """Run once; the outputs are copies, since the framework may reuse its memory.
+
+    Raises:
+        ModelError: the model does not take these inputs.
+        ModelLoadError: it breaks its own promise, and would for anybody.
+    """
+    try:
+        return [np.array(output) for output in model.bind(signature.name, inputs)()]
+    except BrokenPromise as e:
+        raise ModelLoadError(e.message) from None
 
 
 def _joined(a: Array, b: Array) -> Array:
