@@ -33,6 +33,7 @@ from pool.config_mistakes import (
 from pool.config_rules import machine_mistakes, model_mistakes, server_mistakes
 from pool.devices import parse_device
 from pool.errors import ConfigError
+from pool.pipelines import PipelineConfig, StepConfig, pipeline_mistakes
 from pool.python import split_path
 
 if sys.version_info >= (3, 11):
@@ -174,13 +175,18 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A whole configuration file: `[server]`, and one `[models.NAME]` table per model."""
+    """A whole configuration file: `[server]`, and tables `[models.NAME]` and `[pipelines.NAME]`."""
 
     server: ServerConfig = ServerConfig()
     models: dict[str, ModelConfig]
+    pipelines: dict[str, PipelineConfig] = {}
 
 
-_PLACES: Places = {"[server]": ServerConfig, "[models.NAME]": ModelConfig}
+_PLACES: Places = {
+    "[server]": ServerConfig,
+    "[models.NAME]": ModelConfig,
+    "[pipelines.NAME]": PipelineConfig,
+}
 
 
 class Placement(msgspec.Struct, frozen=True):
@@ -287,6 +293,7 @@ def decode_config(document: dict[str, Any], file: str) -> Config:
     mistakes: list[Mistake] = []
     server_table = find_table(document, "server", mistakes)
     models_table = find_table(document, "models", mistakes)
+    pipelines_table = find_table(document, "pipelines", mistakes)
     for name in [name for name in document if name not in Config.__struct_fields__]:
         mistakes.append(unknown_key(quoted(name), name, document[name], Config, _PLACES))
     server = ServerConfig()
@@ -300,15 +307,45 @@ def decode_config(document: dict[str, Any], file: str) -> Config:
         mistakes.append(Mistake("models", "must hold at least one [models.NAME] table", MISSING))
     for name, table in (models_table or {}).items():
         key = f"models.{quoted(name)}"
-        if MODEL_NAME.fullmatch(name) is None:
-            rule = "must be a name of letters, digits, '_', '.' and '-'"
-            mistakes.append(Mistake(key, rule, name))
-        elif not isinstance(table, dict):
-            mistakes.append(Mistake(key, "must be a table", table))
-        else:
+        if _check_name(key, name, table, mistakes):
             model = decode_table(ModelConfig, table, key, _PLACES, mistakes)
             if model is not None:
                 models[name] = model
                 mistakes += model_mistakes(key, model)
+    pipelines: dict[str, PipelineConfig] = {}
+    for name, table in (pipelines_table or {}).items():
+        key = f"pipelines.{quoted(name)}"
+        if name in (models_table or {}):
+            mistakes.append(Mistake(key, "must not have the name of a model: clients ask for both", name))
+        if _check_name(key, name, table, mistakes):
+            pipeline = _decode_pipeline(key, table, mistakes)
+            if pipeline is not None:
+                pipelines[name] = pipeline
+                mistakes += pipeline_mistakes(key, pipeline, tuple(models_table or {}))
     raise_all(file, mistakes)
-    return Config(server=server, models=models)
+    return Config(server=server, models=models, pipelines=pipelines)
+
+
+def _check_name(key: str, name: str, table: Any, mistakes: list[Mistake]) -> bool:
+    """Whether the table of something that clients ask for by name has a name, and is one."""
+    if MODEL_NAME.fullmatch(name) is None:
+        mistakes.append(Mistake(key, "must be a name of letters, digits, '_', '.' and '-'", name))
+    elif not isinstance(table, dict):
+        mistakes.append(Mistake(key, "must be a table", table))
+    else:
+        return True
+    return False
+
+
+def _decode_pipeline(key: str, table: dict[str, Any], mistakes: list[Mistake]) -> PipelineConfig | None:
+    before = len(mistakes)
+    steps = table.get("steps", [])
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        mistakes.append(Mistake(f"{key}.steps", "must be a list of tables, each a step", steps))
+    else:
+        for i, step in enumerate(steps):
+            decode_table(StepConfig, step, f"{key}.steps[{i}]", _PLACES, mistakes)
+    # With the others checked all the same where a step is wrong.
+    rest = table if len(mistakes) == before else table | {"steps": []}
+    pipeline = decode_table(PipelineConfig, rest, key, _PLACES, mistakes)
+    return pipeline if len(mistakes) == before else None

@@ -45,13 +45,14 @@ def quoted(key: str) -> str:
 
 
 def raise_all(file: str, mistakes: list[Mistake]) -> None:
-    """Tell all mistakes of a file at once, one a line.
+    """Tell all mistakes of a file at once, one a line, each with the file's name if that is known.
 
     Raises:
         ConfigError: there are any.
     """
     if mistakes:
-        raise ConfigError("\n".join(f"{file}: {mistake}" for mistake in mistakes))
+        head = f"{file}: " if file else ""
+        raise ConfigError("\n".join(f"{head}{mistake}" for mistake in mistakes))
 
 
 def find_table(document: dict[str, Any], key: str, mistakes: list[Mistake]) -> dict[str, Any] | None:
@@ -128,6 +129,8 @@ def _describe(kind: msgspec.inspect.Type) -> str:
             return 'three octal digits such as "0660"'
         case msgspec.inspect.StrType(min_length=low):
             return "a string that is not empty" if low else "a string"
+        case msgspec.inspect.DictType():
+            return "a table of strings"
         case msgspec.inspect.VarTupleType(item_type=item):
             inner = _describe(item)
             return "a list, each item " + inner

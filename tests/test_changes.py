@@ -7,6 +7,7 @@ import pytest
 
 from pool.config import Config, ModelConfig, ServerConfig
 from pool.front.changes import _MODEL_IN_PLACE, _SERVER_IN_PLACE, Cost, compare
+from pool.pipelines import PipelineConfig, StepConfig
 
 NOW = Config(models={"m": ModelConfig(path="/m", workers=2), "other": ModelConfig(path="/o")})
 
@@ -49,6 +50,24 @@ def test_workers_that_move_are_new_ones():
 def test_models_come_and_go():
     then = Config(models={"new": ModelConfig(path="/n"), "m": NOW.models["m"]})
     assert costs(then) == [("models.new", Cost.ADD), ("models.other", Cost.REMOVE)]
+
+
+def test_pipelines_come_change_and_go():
+    step, more = (StepConfig(name=name, model="m", inputs={"x": "request.x"}) for name in ("a", "b"))
+    now = msgspec.structs.replace(
+        NOW, pipelines={"p": PipelineConfig(steps=(step,)), "old": PipelineConfig(steps=(step,))}
+    )
+    changed = PipelineConfig(steps=(step, more), outputs={"y": "a.y", "z": "b.y"}, max_requests=5)
+    then = msgspec.structs.replace(NOW, pipelines={"p": changed, "new": PipelineConfig(steps=(step,))})
+    rewired = Cost.REWIRE.value
+    assert [str(change) for change in compare(now, then, {}, {})] == [
+        f"pipelines.p.outputs: none -> y = a.y, z = b.y: {rewired}",
+        f"pipelines.p.max_requests: 1024 -> 5: {rewired}",
+        f"pipelines.p.steps: a -> a > b: {rewired}",
+        "pipelines.new: added: its models are wired",
+        "pipelines.old: removed: a pipeline answers what it admitted, and ends",
+    ]
+    assert compare(then, then, {}, {}) == []
 
 
 def test_a_newer_version_is_a_change_of_a_file_that_has_none():

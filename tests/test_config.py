@@ -25,6 +25,7 @@ from pool.config import (
 )
 from pool.errors import ConfigError
 from pool.keys import write_pair
+from pool.pipelines import PipelineConfig, StepConfig
 
 PAIR = ("Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID", "D:)Q[IlAW!ahhC2ac:9*A}h:p?([4%wOTJ%JR%cs")
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -464,13 +465,22 @@ def reference_keys() -> dict[str, dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize(("table", "struct"), [("server", ServerConfig), ("models.example", ModelConfig)])
+@pytest.mark.parametrize(
+    ("table", "struct"),
+    [
+        ("server", ServerConfig),
+        ("models.example", ModelConfig),
+        ("pipelines.chain", PipelineConfig),
+        ("pipelines.chain.steps", StepConfig),
+    ],
+)
 def test_reference_has_each_key_with_its_default(table: str, struct: type[msgspec.Struct]) -> None:
     keys = reference_keys()[table]
     kind = msgspec.inspect.type_info(struct)
     assert isinstance(kind, msgspec.inspect.StructType)
-    assert list(keys) == [field.name for field in kind.fields]
-    for field in kind.fields:
+    fields = [field for field in kind.fields if field.name != "steps"]  # which are tables of their own
+    assert list(keys) == [field.name for field in fields]
+    for field in fields:
         value = keys[field.name]
         if field.default is None:  # TOML has no none: the line is commented out, and its example is valid
             state, example = value
@@ -480,8 +490,21 @@ def test_reference_has_each_key_with_its_default(table: str, struct: type[msgspe
                 "curve_secret_key": 'authorized_keys = "keys"',
                 "authorized_keys": 'curve_secret_key = "pool.key"',
             }.get(field.name, "")
-            document = {"models": {"m": {"path": "p"}}, "server": {}}
-            where = document["server"] if table == "server" else document["models"]["m"]
+            steps = [
+                {"name": name, "model": "m", "inputs": {"x": f"{source}.x"}}
+                for name, source in (("first", "request"), ("second", "first"))
+            ]
+            document: dict[str, Any] = {
+                "models": {"m": {"path": "p"}},
+                "server": {},
+                "pipelines": {"chain": {"steps": steps}},
+            }
+            where = {
+                "server": document["server"],
+                "models.example": document["models"]["m"],
+                "pipelines.chain": document["pipelines"]["chain"],
+                "pipelines.chain.steps": steps[0],
+            }[table]
             where |= tomllib.loads(f"{field.name} = {example}\n{extra}")
             decode_config(document, "f")
         elif not field.required:
@@ -506,6 +529,8 @@ def test_reference_is_a_valid_configuration() -> None:
     config = decode((CONFIGS / "reference.toml").read_text())
     assert config.server == ServerConfig()
     assert config.models == {"example": ModelConfig(path="models/example")}
+    step = StepConfig(model="example", inputs={"image": "request.image"})
+    assert config.pipelines == {"chain": PipelineConfig(steps=(step,))}
 
 
 def test_demo_is_a_valid_configuration() -> None:

@@ -32,6 +32,17 @@ workers = 2
 [models.two]
 backend = "drill"
 path = "{path}"
+
+[pipelines.both]
+outputs = {{ y = "two.y" }}
+
+[[pipelines.both.steps]]
+model = "one"
+inputs = {{ x = "request.x", fault = "request.fault", argument = "request.argument" }}
+
+[[pipelines.both.steps]]
+model = "two"
+inputs = {{ x = "one.y", fault = "request.fault", argument = "request.argument" }}
 """
 
 
@@ -196,7 +207,7 @@ def test_the_state_of_things_is_told(client, scrape):
 
 def test_live_and_ready(page):
     assert page("/live") == (200, "text/plain; charset=utf-8", "live\n")
-    assert page("/ready")[::2] == (200, "one ready\ntwo ready\n")
+    assert page("/ready")[::2] == (200, "one ready\ntwo ready\nboth ready\n")
     assert page("/ready/two")[::2] == (200, "two ready\n")
     assert page("/ready/three")[0] == 404
     assert page("/")[0] == 404

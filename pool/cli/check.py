@@ -28,13 +28,15 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config)
     from pool.front.server import check
 
-    report = check(config)
+    report = check(config, args.config)
     report["config"] = args.config
     if args.json:
         print_json(report)
     else:
         for name, model in report["models"].items():
             _show(name, model)
+        for name, pipeline in report["pipelines"].items():
+            _show_pipeline(name, pipeline)
     return 0
 
 
@@ -62,6 +64,18 @@ def _show(name: str, model: dict[str, Any]) -> None:
         facts.add_row("not tried", f"{signature}: it raised on all inputs made up for it: {message}")
     out.print(facts)
     out.print(signature_table(msgspec.convert(model["signatures"], list[Signature])))
+    out.print()
+
+
+def _show_pipeline(name: str, pipeline: dict[str, Any]) -> None:
+    out = console()
+    out.print(f"{name}, pipeline", style="bold")
+    steps = (
+        step["name"] if step["name"] == step["model"] else f"{step['name']} ({step['model']})"
+        for step in pipeline["steps"]
+    )
+    out.print(" > ".join(steps), markup=False)
+    out.print(signature_table(msgspec.convert(pipeline["signatures"], list[Signature])))
     out.print()
 
 

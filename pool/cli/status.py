@@ -56,6 +56,9 @@ def show(status: dict[str, Any]) -> None:
         if model["failure"]:
             out.print(f"{name}: {model['failure']}")
 
+    if status["pipelines"]:
+        out.print(_pipelines(status["pipelines"]))
+
     processes = Table(
         "process", "pid", "state", "device", "batches", "rows", "restarts", "CPU s", "private", "share of all"
     )
@@ -105,6 +108,22 @@ def _served(model: dict[str, Any]) -> list[str]:
         columns.append(f"{size(model['weights_bytes'])}, {shared}")
         columns.append(f"{size(model['arena_bytes'])}, {model['slots']} slots")
     return columns
+
+
+def _pipelines(pipelines: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table("pipeline", "steps", "under way", "waiting for room", "answers")
+    for name, pipeline in pipelines.items():
+        waiting = [f"{step['name']}: {step['waiting']}" for step in pipeline["steps"] if step["waiting"]]
+        table.add_row(
+            name,
+            " > ".join(step["name"] for step in pipeline["steps"]) or pipeline["state"],
+            str(pipeline["under_way"]),
+            ", ".join(waiting),
+            ", ".join(f"{count} x {code}" for code, count in sorted(pipeline["answers"].items())),
+        )
+    return table
 
 
 def _memory(process: dict[str, Any]) -> list[str]:

@@ -27,7 +27,7 @@ from pool.errors import Cancelled, PoolError, error_from_code
 from pool.front.clients import Client
 from pool.front.engine import Engine
 from pool.front.generation import Generation
-from pool.front.replies import Join, Reply
+from pool.front.replies import Compound, Reply
 from pool.front.route import Route
 from pool.front.slots import Slot, Ticket
 from pool.front.timelines import timeline_of, timeline_of_several
@@ -206,7 +206,6 @@ class Calls:
         future: Future = self._loop.create_future()
         now = time.monotonic()
         generation = route.generation
-        batcher = generation.batcher
         account = self._self.accounts.get(generation) or self._self.account(generation)
         turn = self._engine.turn
         sink: Calls | _Timelines = self
@@ -217,15 +216,15 @@ class Calls:
         ticket = Ticket(sink, self._self, future, route, rows, now + patience, turn, key, account)
         slot: Slot | None = None
         if (
-            route.is_numeric
+            route.is_direct
             and (rows == 1 or (rows > 0 and route.is_batched))
-            and patience >= batcher.expected_s
+            and patience >= generation.batcher.expected_s
             and account.rows + rows <= route.inflight_rows
             and not generation.poison
         ):
-            slot = batcher.open_slot(key, route.capacity)
+            slot = generation.batcher.open_slot(key, route.capacity)
             if slot is not None and rows > slot.capacity - slot.rows:
-                batcher.abandon(slot)
+                generation.batcher.abandon(slot)
                 slot = None
         if slot is None:
             try:
@@ -238,7 +237,7 @@ class Calls:
             for (offset, row_bytes), frame in zip(route.inputs, frames, strict=True):
                 at = offset + start * row_bytes
                 view[at : at + rows * row_bytes] = frame
-            batcher.commit(slot, ticket, now)
+            generation.batcher.commit(slot, ticket, now)
         self.requests += 1
         if not self._touched:
             self._loop.call_soon(self._flush)
@@ -321,10 +320,12 @@ class Calls:
         """Answer all that is under way `Cancelled`."""
         self._engine.on_unserved.remove(self._forget)
         self._touched.clear()
-        for _, part in self._engine.unsettled():
-            request = part.sink.whole if isinstance(part.sink, Join) else part
-            if request.client is self._self:
-                self._given_up.add(request.id)
+        requests = [
+            part.sink.whole if isinstance(part.sink, Compound) else part
+            for _, part in self._engine.unsettled()
+        ]
+        requests += [execution.whole for execution in self._engine.pipelines.executions]
+        self._given_up |= {request.id for request in requests if request.client is self._self}
         for future in self._given_up:
             if not future.done():
                 future.set_result(Cancelled("the pool was closed"))

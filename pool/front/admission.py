@@ -144,10 +144,9 @@ class Admission:
         if route is not None:
             return route.generation.metrics
         try:
-            model = self._engine.models.get(wire.decode_meta(PredictMeta, header.meta).model)
+            return self._engine.metrics_of(wire.decode_meta(PredictMeta, header.meta).model)
         except WireError:
-            model = None
-        return self._engine.unknown if model is None else model.metrics
+            return self._engine.unknown
 
     def _find_route(self, meta: bytes) -> Route:
         route = self.routes.get(meta)

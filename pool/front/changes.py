@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from pool.config import Config, ModelConfig, ServerConfig
+from pool.pipelines import PipelineConfig, StepConfig
 
 
 class Cost(enum.Enum):
-    """What a change takes. No request is lost or refused for any of them but the last two."""
+    """What a change takes. No request is lost or refused for any of them but removals and a restart."""
 
     IN_PLACE = "in place"
     WORKERS = "workers are started or leave"
@@ -18,6 +19,9 @@ class Cost(enum.Enum):
     ADD = "a model is loaded"
     AGAIN = "it is loaded anew"
     REMOVE = "a model answers what it admitted, and ends"
+    ADD_PIPELINE = "its models are wired"
+    REWIRE = "wired anew; what was admitted goes on as it began"
+    REMOVE_PIPELINE = "a pipeline answers what it admitted, and ends"
     RESTART = "needs a restart"
 
 
@@ -37,9 +41,9 @@ class Change(NamedTuple):
     cost: Cost
 
     def __str__(self) -> str:
-        if self.cost is Cost.ADD:
+        if self.cost in (Cost.ADD, Cost.ADD_PIPELINE):
             return f"{self.key}: added: {self.cost.value}"
-        if self.cost is Cost.REMOVE:
+        if self.cost in (Cost.REMOVE, Cost.REMOVE_PIPELINE):
             return f"{self.key}: removed: {self.cost.value}"
         if self.cost is Cost.AGAIN:
             return f"{self.key}: failed: {self.cost.value}"
@@ -110,7 +114,24 @@ def compare(
     for name, model in now.models.items():
         if name not in then.models:
             changes.append(Change(f"models.{name}", model, None, Cost.REMOVE))
-    return changes
+    return changes + _compare_pipelines(now.pipelines, then.pipelines)
+
+
+def _compare_pipelines(now: Mapping[str, PipelineConfig], then: Mapping[str, PipelineConfig]) -> list[Change]:
+    changes = []
+    for name, pipeline in then.items():
+        if name not in now:
+            changes.append(Change(f"pipelines.{name}", None, pipeline, Cost.ADD_PIPELINE))
+            continue
+        for key in PipelineConfig.__struct_fields__:
+            before, after = getattr(now[name], key), getattr(pipeline, key)
+            if before != after:
+                changes.append(Change(f"pipelines.{name}.{key}", before, after, Cost.REWIRE))
+    return changes + [
+        Change(f"pipelines.{name}", pipeline, None, Cost.REMOVE_PIPELINE)
+        for name, pipeline in now.items()
+        if name not in then
+    ]
 
 
 def _compare_model(name: str, now: ModelConfig, then: ModelConfig, slots: int) -> list[Change]:
@@ -136,6 +157,10 @@ def of_model(changes: list[Change], name: str) -> list[Change]:
 def _shown(value: Any) -> str:
     if value is None or value == ():
         return "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} = {item}" for key, item in value.items())
+    if isinstance(value, tuple) and isinstance(value[0], StepConfig):
+        return " > ".join(step.label for step in value)
     if isinstance(value, tuple):
         return "[" + ", ".join(map(str, value)) + "]"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -246,7 +246,7 @@ class Endpoint:
                         continue
                 route = routes.get(header[fixed:])
                 priority = priorities.get(header[:HEAD_BYTES])
-                if route is None or priority is None or not route.is_numeric:
+                if route is None or priority is None or not route.is_direct:
                     budget -= self._admission.receive(client, header, now)
                     turn = self._engine.turn
                     continue

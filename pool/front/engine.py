@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import inf
 from typing import Any
 
@@ -24,6 +24,8 @@ from pool.front.generation import Generation
 from pool.front.heartbeat import Batch, Vitals
 from pool.front.logs import Log
 from pool.front.metrics import ModelMetrics
+from pool.front.pipeline import Pipeline
+from pool.front.pipelines import Pipelines
 from pool.front.processes import Member
 from pool.front.route import Route
 from pool.front.serving import Serving, stopping
@@ -31,6 +33,7 @@ from pool.front.slots import Slot, Ticket, Turn
 from pool.front.states import WorkerState
 from pool.front.status import read_status
 from pool.front.supervisor import Supervisor
+from pool.pipelines import VERSION
 from pool.wire import PredictMeta
 
 log = Log("pool.engine")
@@ -64,6 +67,7 @@ class Engine:
     Attributes:
         config: What is served; `pool.front.reloading` changes it.
         models: All of the config, by name.
+        pipelines: All of the config, and the requests on their way through them.
         unknown: Counts predictions refused for other models, or that cannot be read.
         turn: The present turn of the loop, for the tickets of the requests received in it.
         is_draining: Whether new requests are refused.
@@ -79,7 +83,9 @@ class Engine:
         self._supervisor = Supervisor()
         self.models = {name: ServedModel(name) for name in config.models}
         self.unknown = ModelMetrics()
+        self.pipelines = Pipelines(self, tuple(config.pipelines))
         self._servings: dict[Generation, Serving] = {}  # also those that only finish what they admitted
+        self._lost: dict[Generation, str] = {}  # of these, those that have no worker left, and why
         self._retiring: dict[Serving, asyncio.Task[None]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = inf
@@ -96,11 +102,13 @@ class Engine:
         """Load every model and start its workers; returns when all are ready.
 
         Raises:
-            ModelLoadError · ConfigError: one cannot be served (`status` says which and why).
+            ModelLoadError · ConfigError: one cannot be served (`status` says which and why), or a pipeline
+                does not fit its models.
         """
         # One at a time: loading is where memory peaks, and a loader uses every core as it is.
         for name in self.models:
             await self._start_model(name)
+        self.rewire(self.wire(self.config, {}))
 
     async def _start_model(self, name: str) -> None:
         model = self.models[name]
@@ -177,6 +185,30 @@ class Engine:
             weights_shared=report.weights_shared,
         )
 
+    def wire(self, config: Config, ready: Mapping[str, Serving]) -> dict[str, Pipeline]:
+        """The pipelines of a config, on the models that are served or about to be.
+
+        Args:
+            config: Whose pipelines; each of its models is among `ready`, or served.
+            ready: Started, but not switched to yet.
+
+        Raises:
+            ConfigError: one does not fit its models.
+        """
+        generations = {}
+        for name in config.models:
+            serving = ready.get(name) or self.models[name].serving
+            assert serving is not None, "a model that is not started is not served"
+            generations[name] = serving.generation
+        return self.pipelines.wire(config.pipelines, generations)
+
+    def rewire(self, pipelines: dict[str, Pipeline]) -> None:
+        """Serve these pipelines from now on; what was admitted to others goes on as it began."""
+        self.pipelines.serve(pipelines)
+        self._unserved()
+        for name, pipeline in pipelines.items():
+            log.info("pipeline ready", pipeline=name, steps=[step.name for step in pipeline.wiring.steps])
+
     def remove(self, name: str) -> None:
         """Serve a model no more; it finishes what it admitted."""
         model = self.models.pop(name)
@@ -189,7 +221,8 @@ class Engine:
         self._retiring[serving] = self._loop.create_task(self._finish(serving))
 
     async def _finish(self, serving: Serving) -> None:
-        while not serving.generation.batcher.is_idle:
+        generation = serving.generation
+        while not generation.batcher.is_idle or self.pipelines.uses(generation):
             self._freed.clear()
             await self._freed.wait()
         await self.discard(serving)
@@ -199,6 +232,7 @@ class Engine:
         """End a generation's workers and give its memory back."""
         await serving.stop()
         self._servings.pop(serving.generation, None)
+        self._lost.pop(serving.generation, None)
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and finish what is admitted.
@@ -225,6 +259,7 @@ class Engine:
             task.cancel()
         if self._retiring:
             await asyncio.wait(self._retiring.values())
+        self.pipelines.waiting.drop(stopping())
         for serving in self._servings.values():
             serving.drop_waiting(stopping)
         for serving in self._servings.values():
@@ -233,6 +268,7 @@ class Engine:
         for model in self.models.values():
             model.state = "stopped"
         await self._supervisor.stop()
+        self.pipelines.waiting.stop()
         if self._timer is not None:
             self._timer.cancel()
 
@@ -246,17 +282,24 @@ class Engine:
         """
         return self.find(meta.model, meta.version).resolve(meta)
 
-    def find(self, name: str, version: int | None) -> Generation:
-        """The generation that serves a model.
+    def find(self, name: str, version: int | None) -> Generation | Pipeline:
+        """The generation that serves a model, or the pipeline of that name.
 
         Raises:
             ModelNotFound: no such model; the sentence lists those there are.
             VersionNotFound: another version is served.
             Unavailable: it is not ready.
         """
-        model = self.models[self.known(name)]
+        self.known(name)
         if self.is_draining:
             raise stopping()
+        if name in self.pipelines.metrics:
+            pipeline = self.pipelines.find(name, version)
+            for generation in pipeline.generations:
+                if generation in self._lost:
+                    raise Unavailable(self._lost[generation])
+            return pipeline
+        model = self.models[name]
         if model.state != "ready" or model.serving is None:
             raise Unavailable(f"model {name!r} is {model.state}" + (model.failure and f": {model.failure}"))
         generation = model.serving.generation
@@ -265,21 +308,27 @@ class Engine:
         return generation
 
     def known(self, name: str) -> str:
-        """The name itself, if such a model is configured.
+        """The name itself, if such a model or pipeline is configured.
 
         Raises:
             ModelNotFound: it is not; the sentence lists those that are.
         """
-        if name not in self.models:
-            names = ", ".join(repr(n) for n in self.models)
+        if name not in self.models and name not in self.pipelines.metrics:
+            names = ", ".join(repr(n) for n in (*self.models, *self.pipelines.metrics))
             raise ModelNotFound(f"no model {name!r}; wanted one of {names}")
         return name
 
+    def metrics_of(self, name: str) -> ModelMetrics:
+        """What counts the predictions asked of a model or pipeline, whether or not there is one."""
+        model = self.models.get(name)
+        return self.pipelines.metrics.get(name, self.unknown) if model is None else model.metrics
+
     def _unserved(self) -> None:
+        self.pipelines.forget()
         for forget in self.on_unserved:
             forget()
 
-    def flush(self, generation: Generation, admitted: int) -> Turn:
+    def flush(self, generation: Generation | Pipeline, admitted: int) -> Turn:
         """Rows were placed: start what can start, and arm the timer for what cannot yet.
 
         Args:
@@ -294,7 +343,8 @@ class Engine:
         turn.ended = now
         generation.metrics.stages["receive"].add(now - turn.started, admitted)
         self._awake.came(Event.REQUEST, now)
-        self._servings[generation].advance(now)
+        first = generation.entry if isinstance(generation, Pipeline) else generation
+        self._servings[first].advance(now)
         return self.turn
 
     def pin(self, generation: Generation, slot: Slot, payload: np.ndarray[Any, Any]) -> None:
@@ -317,6 +367,18 @@ class Engine:
             self._servings[generation].advance(now)
         self.freed()
 
+    # -- what pipelines ask (Host) ------------------------------------------------------------------
+
+    def advance(self, generation: Generation, now: float) -> None:
+        """Rows were placed there: start what can start."""
+        serving = self._servings.get(generation)
+        if serving is not None:
+            serving.advance(now)
+
+    def reason_lost(self, generation: Generation) -> str | None:
+        """Why a generation has no workers any more; None if it has."""
+        return self._lost.get(generation)
+
     # -- what generations tell (Host) ---------------------------------------------------------------
 
     def came(self, event: Event, now: float) -> None:
@@ -325,6 +387,7 @@ class Engine:
 
     def advanced(self, serving: Serving, now: float) -> None:
         """Arm the timer for what a generation waits for, and stay awake if that pays."""
+        self.pipelines.waiting.feed()
         wakeup = serving.generation.batcher.next_wakeup()
         if wakeup < self._timer_at:
             if self._timer is not None:
@@ -342,9 +405,14 @@ class Engine:
         self.freed()
 
     def freed(self) -> None:
-        """Tell whoever waits for it when all is done that was admitted."""
+        """Give room to those that wait for it, and tell whoever waits until all is done that was admitted."""
+        self.pipelines.waiting.feed()
         self._freed.set()
-        if self.is_draining and all(generation.batcher.is_idle for generation in self._servings):
+        if (
+            self.is_draining
+            and not self.pipelines.executions
+            and all(generation.batcher.is_idle for generation in self._servings)
+        ):
             self._idle.set()
 
     def failed(self, serving: Serving, how: str) -> None:
@@ -355,13 +423,22 @@ class Engine:
             model.state, model.failure = "failed", failure
             log.error("model failed", model=name, reason=failure)
             self._unserved()
-        sentence = f"model {name!r} is failed: {failure}"
+        sentence = self._lost[serving.generation] = f"model {name!r} is failed: {failure}"
         serving.drop_waiting(lambda: Unavailable(sentence))
+        self.pipelines.waiting.drop(Unavailable(sentence), serving.generation)
 
     # -- looking ------------------------------------------------------------------------------------
 
     def readiness(self) -> dict[str, bool]:
-        """Per model: whether it has a worker that answered its canary and is still there."""
+        """Per model: whether it has a worker that answered its canary; per pipeline: whether all have."""
+        models = self._models_ready()
+        served = self.pipelines.served
+        return models | {
+            name: name in served and all(models.get(step.model, False) for step in served[name].wiring.steps)
+            for name in self.pipelines.metrics
+        }
+
+    def _models_ready(self) -> dict[str, bool]:
         return {
             name: model.state == "ready"
             and not self.is_draining
@@ -374,9 +451,19 @@ class Engine:
         }
 
     def describe_models(self) -> dict[str, Any]:
-        """Per model: version, whether it is ready, names of its signatures."""
+        """Per model and pipeline: version, whether it is ready, names of its signatures."""
         readiness = self.readiness()
-        return {
+        pipelines = {
+            name: {
+                "version": VERSION,
+                "ready": readiness[name],
+                "signatures": [served.wiring.signature.name]
+                if (served := self.pipelines.served.get(name))
+                else [],
+            }
+            for name in self.pipelines.metrics
+        }
+        models = {
             name: {
                 "version": model.serving.generation.version if model.serving is not None else None,
                 "ready": readiness[name],
@@ -384,6 +471,7 @@ class Engine:
             }
             for name, model in self.models.items()
         }
+        return models | pipelines
 
     def slots(self) -> dict[str, int]:
         """Per model that is loaded: how many slots its arena has."""
@@ -421,7 +509,7 @@ class Engine:
 
     def vitals(self) -> Vitals:
         """How it is, in numbers."""
-        readiness = self.readiness()
+        readiness = self._models_ready()
         served = [model.serving for model in self.models.values() if model.serving is not None]
         states = [worker.state for serving in served for worker in serving.replicas.workers]
         return Vitals(
@@ -452,4 +540,5 @@ class Engine:
 
     async def status(self) -> dict[str, Any]:
         """The engine's part of the status document (`docs/operations.md`)."""
-        return await read_status(self.models.values(), self._supervisor.zygotes.values())
+        document = await read_status(self.models.values(), self._supervisor.zygotes.values())
+        return document | {"pipelines": self.pipelines.describe()}

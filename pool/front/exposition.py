@@ -129,6 +129,7 @@ class Exposition:
         yield from self._of_requests()
         yield from self._of_batches()
         yield from self._of_models()
+        yield from self._of_pipelines()
         yield from self._of_workers()
         yield from self._of_processes(members)
 
@@ -153,10 +154,11 @@ class Exposition:
         )
 
     def _of_requests(self) -> Iterator[Metric]:
-        counted = [*self._metrics(), ("", self._engine.unknown)]
+        pipelines = self._engine.pipelines.metrics
+        counted = [*self._metrics(), *pipelines.items(), ("", self._engine.unknown)]
         yield _counter(
             "pool_requests",
-            "Answers to predictions by code; without a model where that is not served, or cannot be read.",
+            "Answers to predictions by code, of models and pipelines; without a name where it is not known.",
             ("model", "code"),
             [
                 ((name, code), metrics.answers.get(code, 0))
@@ -167,7 +169,7 @@ class Exposition:
         stages = HistogramMetricFamily(
             "pool_stage_seconds", "Time of requests in each stage.", labels=("model", "stage")
         )
-        for name, metrics in self._metrics():
+        for name, metrics in (*self._metrics(), *pipelines.items()):
             for stage, histogram in metrics.stages.items():
                 stages.add_metric((name, stage), _buckets(BOUNDS_S, histogram.counts), histogram.sum_s)
         yield stages
@@ -197,7 +199,7 @@ class Exposition:
         ready = self._engine.readiness()
         yield _gauge(
             "pool_model_ready",
-            "1 if a worker that answered its canary is there.",
+            "1 if a worker that answered its canary is there; of a pipeline, one of each of its models.",
             ("model",),
             [((name,), float(is_ready)) for name, is_ready in ready.items()],
         )
@@ -220,6 +222,30 @@ class Exposition:
         yield _gauge("pool_arena_rows", "Rows in slots by state of the slot.", ("model", "state"), rows)
         for metric, sentence, value in _SERVING_GAUGES:
             yield _gauge(metric, sentence, ("model",), self._of_each(value))
+
+    def _of_pipelines(self) -> Iterator[Metric]:
+        pipelines = self._engine.pipelines
+        under_way: list[tuple[tuple[str, ...], float]] = []
+        waiting: list[tuple[tuple[str, ...], float]] = []
+        requests: list[tuple[tuple[str, ...], float]] = []
+        errors: list[tuple[tuple[str, ...], float]] = []
+        labels = ("pipeline", "step")
+        seconds = HistogramMetricFamily("pool_step_seconds", "Time of requests in each step.", labels=labels)
+        for name, metrics in pipelines.metrics.items():
+            under_way.append(((name,), metrics.under_way))
+            parked = pipelines.waiting.of(name)
+            for step, counted in metrics.steps.items():
+                key = (name, step)
+                waiting.append((key, parked.get(step, 0)))
+                requests.append((key, counted.requests))
+                errors.append((key, counted.errors))
+                seconds.add_metric(key, _buckets(BOUNDS_S, counted.seconds.counts), counted.seconds.sum_s)
+        sentence = "Requests admitted to a pipeline and not answered."
+        yield _gauge("pool_pipeline_requests", sentence, ("pipeline",), under_way)
+        yield _gauge("pool_step_waiting", "Requests that wait for room in a step's model.", labels, waiting)
+        yield _counter("pool_step_requests", "Requests that came to a step.", labels, requests)
+        yield _counter("pool_step_errors", "Requests that ended in a step with an error.", labels, errors)
+        yield seconds
 
     def _of_workers(self) -> Iterator[Metric]:
         served = list(self._servings())

@@ -24,7 +24,7 @@ from pool.errors import (
     WorkerLost,
 )
 from pool.front.batcher import Batcher
-from pool.front.columns import Column, read_columns, read_numeric, read_rows, write_rows
+from pool.front.columns import Column, StringColumn, read_columns, read_numeric, read_rows, write_rows
 from pool.front.metrics import ModelMetrics
 from pool.front.poison import PoisonMemory
 from pool.front.replies import Join, Reply
@@ -47,6 +47,11 @@ _REMEMBERED_MAX = 4096
 # Advice to a client that found no room, before any batch has told how long one takes; and at most.
 _RETRY_AFTER_MS = 10
 _RETRY_AFTER_MOST_MS = 10_000
+
+
+def retry_after_ms(expected_s: float) -> int:
+    """When to come again where a row would now wait so long for its answer."""
+    return min(ceil(expected_s * 1e3) or _RETRY_AFTER_MS, _RETRY_AFTER_MOST_MS)
 
 
 class Generation:
@@ -240,8 +245,7 @@ class Generation:
 
     def _overloaded(self, sentence: str) -> Overloaded:
         """With the time in which the batches that wait now will be through as advice."""
-        retry_after_ms = min(ceil(self.batcher.expected_s * 1e3) or _RETRY_AFTER_MS, _RETRY_AFTER_MOST_MS)
-        return Overloaded(sentence, retry_after_ms=retry_after_ms)
+        return Overloaded(sentence, retry_after_ms=retry_after_ms(self.batcher.expected_s))
 
     def place(
         self, ticket: Ticket, frames: Sequence[memoryview | bytes], now: float, loans: Sequence[Loan] = ()
@@ -268,32 +272,23 @@ class Generation:
             if refusal is not None:
                 raise refusal
         self.check_room(ticket, now)
-        join: Join | None = None
-        done = 0
-        while join is None or done < ticket.rows:
+        if loans and ticket.rows == route.capacity and _can_lend(route, loans):
             slot = self.batcher.open_slot(ticket.key, route.capacity)
-            if slot is None:
-                self._unplace(join)
-                raise self.full(ticket)
-            memory = self.arena.slots[slot.index]
-            if loans and slot.rows == 0 and ticket.rows == slot.capacity and _can_lend(route, loans):
+            if slot is not None and slot.rows == 0:
                 slot.loans = [loan for _, loan in sorted(zip(route.order, loans, strict=True))]
                 self.batcher.commit(slot, ticket, now)
                 return
-            rows = min(ticket.rows - done, slot.capacity - slot.rows)
-            for column in columns:
-                rows = min(rows, column.fit(memory, slot.rows, done, rows))
-            if rows == 0 and ticket.rows > 0:
-                if slot.tickets:  # its string heap is full: go on in the next slot
-                    self.batcher.close(slot)
-                    continue
-                self.batcher.abandon(slot)
+        join: Join | None = None
+        done = 0
+        while join is None or done < ticket.rows:
+            try:
+                slot, rows = self.fill(route, ticket.key, columns, done, ticket.rows - done)
+            except TooLarge:
                 self._unplace(join)
-                raise TooLarge(
-                    f"row {done} of the request has more string bytes than a slot holds: raise max_rows_bytes"
-                )
-            for column in columns:
-                column.write(memory, slot.rows, done, rows)
+                raise
+            if slot is None:
+                self._unplace(join)
+                raise self.full(ticket)
             if rows == ticket.rows:
                 self.batcher.commit(slot, ticket, now)
                 return
@@ -313,6 +308,43 @@ class Generation:
             join.parts.append((slot, part))
             self.batcher.commit(slot, part, now)
             done += rows
+
+    def fill(
+        self, route: Route, key: int, columns: Sequence[Column | StringColumn], done: int, rows: int
+    ) -> tuple[Slot | None, int]:
+        """Copy as many rows of a request as fit into one slot, which are then to be committed.
+
+        Args:
+            route: Of the request.
+            key: Of its route, by priority.
+            columns: Of all its rows.
+            done: The first row to copy.
+            rows: How many there are from there on.
+
+        Returns:
+            The slot and how many fitted; None and 0 if the arena is full.
+
+        Raises:
+            TooLarge: the first of them does not even fit an empty slot.
+        """
+        while True:
+            slot = self.batcher.open_slot(key, route.capacity)
+            if slot is None:
+                return None, 0
+            memory = self.arena.slots[slot.index]
+            fit = min(rows, slot.capacity - slot.rows)
+            for column in columns:
+                fit = min(fit, column.fit(memory, slot.rows, done, fit))
+            if fit > 0 or rows == 0:
+                for column in columns:
+                    column.write(memory, slot.rows, done, fit)
+                return slot, fit
+            if not slot.tickets:
+                self.batcher.abandon(slot)
+                raise TooLarge(
+                    f"row {done} of the request has more string bytes than a slot holds: raise max_rows_bytes"
+                )
+            self.batcher.close(slot)  # its string heap is full: go on in the next slot
 
     def place_all(
         self, tickets: Sequence[Ticket], frames: Sequence[memoryview | bytes], now: float

@@ -32,7 +32,7 @@ async def reload(engine: Engine, config: Config) -> list[Change]:
 
     Raises:
         ConfigError: it has changes that need a restart; nothing was changed.
-        PoolError: a model of it cannot be served; nothing was changed.
+        PoolError: a model of it cannot be served, or a pipeline does not fit; nothing was changed.
     """
     failed = {name for name, serving in engine.models.items() if serving.state == "failed"}
     newer = newer_versions(engine.config, engine.versions())
@@ -45,6 +45,7 @@ async def reload(engine: Engine, config: Config) -> list[Change]:
         for name, model in config.models.items():
             if name in failed or _costs(changes, name) & {Cost.ADD, Cost.GENERATION}:
                 ready[name] = await engine.start_serving(name, model)
+        pipelines = engine.wire(config, ready)
     except BaseException:
         for serving in ready.values():
             await engine.discard(serving)
@@ -58,7 +59,8 @@ async def reload(engine: Engine, config: Config) -> list[Change]:
     for name in list(engine.models):
         if name not in config.models:
             engine.remove(name)
-    engine.config = msgspec.structs.replace(engine.config, models=config.models)
+    engine.rewire(pipelines)
+    engine.config = msgspec.structs.replace(engine.config, models=config.models, pipelines=config.pipelines)
     return changes
 
 

@@ -5,6 +5,7 @@ It does no I/O: a `Sink` does.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -37,6 +38,7 @@ class Reply:
         bundle_head: The same for a bundle of replies.
         meta: Its msgpack part.
         flags: Its flags.
+        dtypes: Of the outputs.
         row_shapes: Of the outputs, without the row axis.
         numeric: (offset, row bytes) of each output; None if one of them holds strings.
         row_bytes: Of all outputs together; 0 if one of them holds strings.
@@ -46,6 +48,7 @@ class Reply:
         "_batched",
         "_places",
         "bundle_head",
+        "dtypes",
         "flags",
         "head",
         "meta",
@@ -60,6 +63,7 @@ class Reply:
         self._batched = signature.batched
         self._places = [places[i] for i in outputs]
         self.row_shapes = [place.shape[1:] if self._batched else place.shape for place in self._places]
+        self.dtypes = [place.dtype for place in self._places]
         self.flags = 0 if self._batched else int(wire.Flag.WHOLE)
         self.head = wire.head(wire.Kind.RESULT, self.flags)
         self.bundle_head = wire.head(wire.Kind.RESULT, self.flags | wire.Flag.BUNDLE)
@@ -124,7 +128,21 @@ def _join_strings(pieces: Sequence[tuple[int, bytes]]) -> bytes:
     return wire.encode_strings(strings)
 
 
-class Join:
+class Compound(ABC):
+    """A request whose rows lie in slots as tickets of their own; it is the sink of those.
+
+    Attributes:
+        whole: The request's ticket, as the real sink knows it; it is in no slot itself.
+    """
+
+    whole: Ticket
+
+    @abstractmethod
+    def withdraw(self) -> None:
+        """No part is wanted any more, nor any answer."""
+
+
+class Join(Compound):
     """A request split over several batches: a sink that gathers its parts and answers once.
 
     Args:

@@ -32,7 +32,8 @@ class Route:
         regions: The same frames' `InputRegion`s.
         order: For each tensor frame in the request's order: which of the layout's inputs it is.
         is_lendable: Whether a worker may run on inputs where their client keeps them (`pool.shm.loans`).
-        is_numeric: Whether every input has a fixed size, so that frames go into the slot directly.
+        is_numeric: Whether every input has a fixed size.
+        is_direct: Whether frames may go straight into the open slot.
         outputs: Indices of the outputs wanted, in the order wanted.
         timeout_s: Of requests that carry none; `inf` for none.
         inflight_rows: Most rows one client may have in the arena.
@@ -44,6 +45,7 @@ class Route:
         "inflight_rows",
         "inputs",
         "is_batched",
+        "is_direct",
         "is_lendable",
         "is_numeric",
         "key",
@@ -75,7 +77,7 @@ class Route:
         self.order = tuple(order)
         self.regions = [layout.descriptor.inputs[i] for i in order]
         self.inputs = [(region.offset, region.row_bytes) for region in self.regions]
-        self.is_numeric = all(region.dtype != "string" for region in self.regions)
+        self.is_numeric = self.is_direct = all(region.dtype != "string" for region in self.regions)
         self.is_lendable = all(region.dtype in LENDABLE for region in self.regions)
         self.outputs = outputs
         timeout_ms = generation.config.request_timeout_ms

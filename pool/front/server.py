@@ -27,10 +27,13 @@ from pool.front.heartbeat import Heartbeat
 from pool.front.http import HttpServer
 from pool.front.logs import Log
 from pool.front.notify import Notifier, status
+from pool.front.pipelines import wire_all
 from pool.front.reloading import Reloads
 from pool.front.sizing import plan_arena
 from pool.front.status import describe_report
 from pool.front.supervisor import Supervisor
+from pool.pipelines import Wiring
+from pool.shm.control import LoadReport
 
 log = Log("pool")
 
@@ -217,27 +220,33 @@ class Front:
         return EXIT_OK if finished else EXIT_FAILED
 
 
-def check(config: Config) -> dict[str, Any]:
+def check(config: Config, file: str) -> dict[str, Any]:
     """Load every model of a config in a loader process, serve nothing, and report.
 
+    Args:
+        config: Checked.
+        file: Its name, as messages are to have it.
+
     Raises:
-        ConfigError: it has keys, which this libzmq cannot use.
+        ConfigError: it has keys, which this libzmq cannot use; or a pipeline does not fit its models.
         ModelLoadError: one cannot be loaded.
     """
     if config.server.curve_secret_key is not None:
         check_curve()
-    return asyncio.run(_check(config))
+    return asyncio.run(_check(config, file))
 
 
-async def _check(config: Config) -> dict[str, Any]:
+async def _check(config: Config, file: str) -> dict[str, Any]:
     supervisor = Supervisor()
     models: dict[str, Any] = {}
+    reports: dict[str, LoadReport] = {}
     try:
         for name, model in config.models.items():
             started = time.monotonic()
             report, weights_fd = await supervisor.load(name, model, config.server.start_timeout_s)
             if weights_fd is not None:
                 os.close(weights_fd)
+            reports[name] = report
             slots, slot_bytes = plan_arena(model, report)
             models[name] = describe_report(report, slots, slot_bytes) | {
                 "path": report.path,
@@ -246,4 +255,10 @@ async def _check(config: Config) -> dict[str, Any]:
             }
     finally:
         await supervisor.stop()
-    return {"models": models}
+    wirings = wire_all(config.pipelines, reports, file)
+    return {"models": models, "pipelines": {name: _describe(wiring) for name, wiring in wirings.items()}}
+
+
+def _describe(wiring: Wiring) -> dict[str, Any]:
+    steps = [{"name": s.name, "model": s.model, "signature": s.signature.name} for s in wiring.steps]
+    return {"steps": steps, "signatures": [msgspec.to_builtins(wiring.signature)]}

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from pool.errors import Cancelled
 from pool.front.clients import Client
 from pool.front.engine import Engine
-from pool.front.replies import Join
+from pool.front.replies import Compound
 from pool.front.slots import Slot, Ticket
 
 
@@ -28,26 +28,32 @@ def withdraw(engine: Engine, cancelled: Mapping[Client, Collection[object]]) -> 
         The cancelled requests, which are still to be answered.
     """
     parts: list[tuple[Slot, Ticket]] = []
-    joins: dict[int, Join] = {}
+    compounds: dict[int, Compound] = {}
     requests: list[Ticket] = []
-    for slot, part in engine.unsettled():
-        join = part.sink if isinstance(part.sink, Join) else None
-        request = part if join is None else join.whole
+
+    def is_unwanted(request: Ticket) -> bool:
         client = request.client
         if type(client) is not Client:
-            continue  # not an endpoint's
-        if not client.is_gone and request.id not in cancelled.get(client, ()):
-            continue
-        parts.append((slot, part))
-        if join is not None:
-            if id(join) in joins:
-                continue
-            joins[id(join)] = join
-        if client.is_gone:  # nobody to answer, but whoever counts answers is to miss none
-            request.route.generation.metrics.answered(Cancelled.code)
-        else:
-            requests.append(request)
+            return False  # not an endpoint's
+        return client.is_gone or request.id in cancelled.get(client, ())
+
+    for slot, part in engine.unsettled():
+        compound = part.sink if isinstance(part.sink, Compound) else None
+        request = part if compound is None else compound.whole
+        if is_unwanted(request):
+            parts.append((slot, part))
+            if compound is not None:
+                compounds[id(compound)] = compound
+            else:
+                requests.append(request)
+    for execution in engine.pipelines.executions:  # they may wait between slots
+        if is_unwanted(execution.whole):
+            compounds[id(execution)] = execution
+    requests += [compound.whole for compound in compounds.values()]
     engine.withdraw(parts)
-    for join in joins.values():
-        join.withdraw()
-    return requests
+    for compound in compounds.values():
+        compound.withdraw()
+    gone = [request for request in requests if request.client.is_gone]
+    for request in gone:  # nobody to answer, but whoever counts answers is to miss none
+        request.route.generation.metrics.answered(Cancelled.code)
+    return [request for request in requests if not request.client.is_gone]
