@@ -282,12 +282,17 @@ def summarize(
     def per_request(seconds: float) -> float | None:
         return round(seconds * 1e6 / answered, 2) if answered else None
 
-    model_before, model_after = before["models"][model], after["models"][model]
-    batches = model_after["batches"] - model_before["batches"]
-    rows = model_after["rows"] - model_before["rows"]
+    # A pipeline's batches and workers are those of its models.
+    steps = after.get("pipelines", {}).get(model, {}).get("steps")
+    names = [model] if steps is None else sorted({step["model"] for step in steps})
+    models_before, models_after = ([status["models"][name] for name in names] for status in (before, after))
+    batches = sum(m["batches"] for m in models_after) - sum(m["batches"] for m in models_before)
+    rows = sum(m["rows"] for m in models_after) - sum(m["rows"] for m in models_before)
     # A worker that was started anew in between counts from nothing.
-    worker_s = {worker["pid"]: worker["cpu_s"] for worker in model_before.get("workers", ())}
-    workers_s = sum(worker["cpu_s"] - worker_s.get(worker["pid"], 0.0) for worker in model_after["workers"])
+    worker_s = {worker["pid"]: worker["cpu_s"] for m in models_before for worker in m.get("workers", ())}
+    workers_s = sum(
+        worker["cpu_s"] - worker_s.get(worker["pid"], 0.0) for m in models_after for worker in m["workers"]
+    )
     return {
         "requests_per_s": round(answered / elapsed_s, 1),
         "goodput_per_s": round(in_time / elapsed_s, 1),

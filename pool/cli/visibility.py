@@ -74,7 +74,7 @@ def ask_installation(command: list[str]) -> list[str]:
 def configuration_paths(config: Config, file: str) -> list[str]:
     """The files and folders that a configuration file names, and it itself if it is a link."""
     folder = os.path.dirname(os.path.realpath(file))
-    named = [model.path for model in config.models.values()]
+    named = [model.file[0] for model in config.models.values()]
     named += [path for path in (config.server.curve_secret_key, config.server.authorized_keys) if path]
     found = [os.path.abspath(os.path.join(folder, path)) for path in named if not path.startswith("~")]
     if os.path.islink(file):

@@ -59,6 +59,8 @@ class WaitingRoom:
 
     def feed(self) -> None:
         """Room may have come: give it to those that have waited longest."""
+        if not self._queues:
+            return
         self._is_hungry = True
         if self._is_feeding:
             return  # whoever feeds goes round again
