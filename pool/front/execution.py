@@ -115,9 +115,10 @@ class Execution(Compound):
         self._entered_at = now
         step = self.pipeline.wiring.steps[at]
         values = [fresh[source] if source in fresh else self._kept[source] for source in step.sources]
-        last_use = self.pipeline.wiring.last_use
-        self._kept = {source: value for source, value in self._kept.items() if last_use[source] > at}
-        self._kept |= {source: value.copied() for source, value in fresh.items() if last_use[source] > at}
+        self._kept = {
+            source: fresh[source].copied() if source in fresh else self._kept[source]
+            for source in self.pipeline.kept[at]
+        }
         rows = _rows(step, values)
         self.route = self.pipeline.find_route(at, values)
         generation = self.route.generation

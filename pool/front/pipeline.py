@@ -128,6 +128,7 @@ class Pipeline:
         wiring: As above.
         generations: As above.
         metrics: As above.
+        kept: By step: what came before it and is needed after it.
     """
 
     def __init__(
@@ -143,6 +144,10 @@ class Pipeline:
         self.config = config
         self.wiring = wiring
         self.generations = tuple(generations)
+        self.kept = [
+            tuple(source for source, last in wiring.last_use.items() if source.step < at < last)
+            for at in range(len(wiring.steps))
+        ]
         self.metrics = metrics
         self._pipelines = pipelines
         self._routes: dict[tuple[int, tuple[tuple[str, tuple[int, ...]], ...]], Route] = {}
