@@ -169,21 +169,28 @@ def log_of(rates, failures=()):
 
 
 def test_full_service_is_back_when_its_rate_is():
-    took, lost = recovery(log_of([100] * 5 + [50] * 3 + [100] * 5, (5.1, 6.0, 1.0)), 5.0, 13.0)
+    took, lost = recovery(log_of([100] * 5 + [50] * 3 + [100] * 5, (5.1, 6.0, 1.0)), 5.0, 5.5, 13.0)
     assert took == pytest.approx(2.5, abs=0.1)  # half of that second's answers are at the full rate
     assert lost == 2
 
 
 def test_a_rate_that_never_falls_needs_no_recovery():
-    assert recovery(log_of([100] * 12), 5.0, 12.0) == (0.0, 0)
+    assert recovery(log_of([100] * 12), 5.0, 5.0, 12.0) == (0.0, 0)
+
+
+def test_full_service_is_not_back_before_the_worker_is():
+    assert recovery(log_of([100] * 12), 5.0, 8.0, 12.0) == (3.0, 0)
+    assert recovery(log_of([100] * 12), 5.0, math.inf, 12.0) == (None, 0)
+    rates = log_of([100] * 5 + [50] + [100] * 7)
+    assert recovery(rates, 5.0, 8.0, 13.0)[0] == pytest.approx(3.0, abs=0.1)
 
 
 def test_a_rate_that_stays_low_never_recovers():
-    assert recovery(log_of([100] * 5 + [50] * 8), 5.0, 13.0) == (None, 0)
+    assert recovery(log_of([100] * 5 + [50] * 8), 5.0, 5.1, 13.0) == (None, 0)
 
 
 def test_a_server_that_never_answered_has_not_recovered():
-    assert recovery("1.0 0 10.0\n7.0 0 10.0\n", 5.0, 13.0) == (None, 1)
+    assert recovery("1.0 0 10.0\n7.0 0 10.0\n", 5.0, 5.1, 13.0) == (None, 1)
 
 
 # -- tables ------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def load(endpoint: str, message_bytes: int, in_flight: int, seconds: float) -> d
         def send() -> None:
             sent.append(monotonic())
             dealer.send(HEADER, zmq.SNDMORE)
-            dealer.send(payload, copy=is_small)
+            dealer.send(payload, 0, is_small)
 
         began = monotonic()
         for _ in range(in_flight):

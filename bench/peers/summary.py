@@ -87,17 +87,18 @@ def contenders(rows: Sequence[Row], count: int, own: str) -> list[tuple[str, flo
     return list(chosen)
 
 
-def recovery(log: str, killed_at: float, until: float) -> tuple[float | None, int]:
+def recovery(log: str, killed_at: float, replaced_at: float, until: float) -> tuple[float | None, int]:
     """What clients saw of a kill.
 
     Args:
         log: Of `bench.peers.steady`.
         killed_at: Monotonic.
+        replaced_at: When another worker was there; not before is service full, whatever the rate.
         until: When the load ended.
 
     Returns:
-        Seconds from the kill until the rate is back, None if it never is, 0 if it never fell; and requests
-        that failed or were given up since.
+        Seconds from the kill until there is another worker and the rate is back, None if they never are; and
+        requests that failed or were given up since.
     """
     entries = [(float(a), b == "1") for a, b, _ in (line.split() for line in log.splitlines())]
     good = sorted(at for at, is_well in entries if is_well)
@@ -113,6 +114,6 @@ def recovery(log: str, killed_at: float, until: float) -> tuple[float | None, in
         since = killed_at + index * step
         is_full = sum(since <= at < since + _WINDOW_S for at in good) >= wanted
         has_fallen = has_fallen or not is_full
-        if has_fallen and is_full:
+        if has_fallen and is_full and since >= replaced_at:
             return since - killed_at, lost
-    return (None if has_fallen else 0.0), lost
+    return (None if has_fallen or math.isinf(replaced_at) else max(0.0, replaced_at - killed_at)), lost

@@ -30,7 +30,6 @@ from pool import Client, PoolError
 SERVERS = Path(__file__).with_name("servers")
 READY_TIMEOUT_S = 120.0
 _LOOK_S = 0.1
-_ROWS_UNDER_WAY = 2048
 # A batch of another size rounds in another order.
 _TOLERANCE = 1e-3
 
@@ -45,6 +44,7 @@ class Task(NamedTuple):
         batch: Most rows of a batch.
         workers: Processes that run the model.
         wait_ms: Longest a batch waits for more rows.
+        under_way: Most requests at once.
         is_pinned: Whether pool gives each worker a core.
     """
 
@@ -54,6 +54,7 @@ class Task(NamedTuple):
     batch: int
     workers: int
     wait_ms: float
+    under_way: int
     is_pinned: bool = False
 
 
@@ -131,7 +132,7 @@ def _fastapi_frozen(task: Task, site: Site) -> Start:
 def _mosec(_: Task, site: Site) -> Start:
     command = [site.python, str(SERVERS / "mosec_server.py"), "--address", "127.0.0.1", "--timeout", "60000"]
     # More than the largest body, 25 MB.
-    return Start([*command, "--port", str(site.port), "--max-body-size", str(64 << 20)], {})
+    return Start([*command, "--port", str(site.port), "--max-request-size", str(64 << 20)], {})
 
 
 def _script(name: str) -> Callable[[Task, Site], Start]:
@@ -231,8 +232,8 @@ def _pool(task: Task, site: Site) -> Start:
         settings = (
             f"workers = {task.workers}\ndevices = {json.dumps(devices)}\nmax_batch_size = {task.batch}\n"
         )
-    # As many rows as the load has under way: none is to be refused here.
-    settings += f"slots = {max(4, _ROWS_UNDER_WAY // task.batch)}\nmax_inflight_rows = {_ROWS_UNDER_WAY}\n"
+    # Room for what the load has under way: none is to be refused here.
+    settings += f"slots = {max(4, 2 * task.under_way // task.batch)}\n"
     config = site.folder / "pool.toml"
     config.write_text(
         f'[server]\nendpoints = ["{pool_endpoint(site)}"]\nlog_level = "warning"\n'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -45,8 +46,8 @@ class Pace(NamedTuple):
     after_kill: float
 
 
-FULL = Pace(1.5, 1.0, 4.0, 14.0)
-QUICK = Pace(0.5, 0.5, 3.0, 8.0)
+FULL = Pace(1.5, 1.0, 6.0, 14.0)
+QUICK = Pace(0.5, 0.5, 4.0, 8.0)
 
 
 class Workload(NamedTuple):
@@ -150,8 +151,8 @@ def measure(prepared: Prepared, system: System, wait_ms: float, pace: Pace) -> l
     rows: list[Row] = []
     for workers in workload.workers or (system.workers,):
         task = Task(
-            prepared.path, prepared.x, prepared.y, workload.batch, workers, wait_ms,
-            is_pinned=workload.name == "mobilenet",
+            prepared.path, prepared.x, prepared.y, workload.batch, workers, wait_ms, max(workload.levels),
+            is_pinned=workload.name in ("mobilenet", "kill"),
         )  # fmt: skip
         common: Row = {
             "workload": workload.name, "server": system.name, "wait_ms": wait_ms, "workers": workers
@@ -212,6 +213,15 @@ def _level(
     }
 
 
+def _replaced_at(server: Running, before: set[int], until: float) -> float:
+    """When there is a worker that was not there before; infinity if none comes."""
+    while (now := time.monotonic()) < until:
+        if set(server.tree.workers()) - before:
+            return now
+        time.sleep(0.05)
+    return math.inf
+
+
 def _killed(server: Running, door: Door, prepared: Prepared, pace: Pace) -> Row:
     (in_flight,) = prepared.workload.levels
     with tempfile.TemporaryDirectory(prefix="pool-bench-") as name:
@@ -245,10 +255,11 @@ def _killed(server: Running, door: Door, prepared: Prepared, pace: Pace) -> Row:
                 victim = max(workers, key=lambda pid: spent.get(pid, 0.0) - before.get(pid, 0.0))
                 killed_at = time.monotonic()
                 os.kill(victim, signal.SIGKILL)
+                replaced_at = _replaced_at(server, set(workers), killed_at + pace.after_kill)
                 load.wait(pace.after_kill + 40)
             except (subprocess.TimeoutExpired, ValueError, ProcessLookupError) as e:
                 raise Failed(f"no worker was killed under load: {e}") from None
             finally:
                 load.kill()
-        recovery_s, lost = recovery(log.read_text(), killed_at, killed_at + pace.after_kill)
+        recovery_s, lost = recovery(log.read_text(), killed_at, replaced_at, killed_at + pace.after_kill)
     return {"in_flight": in_flight, "recovery_s": recovery_s, "lost": lost, "failures": 0}
