@@ -35,6 +35,9 @@ for name in ("RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR", "NOTIFY_SOCKET", "WATCHDOG_
 for name in ("POOL_KEY", "POOL_SERVER_KEY"):
     os.environ.pop(name, None)
 
+# Started in the background by a shell, this process would have its children ignore Ctrl-C, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # An example's time says how busy the machine is.
 hypothesis.settings.register_profile("pool", deadline=None)
 hypothesis.settings.load_profile("pool")

@@ -16,7 +16,7 @@ import pytest
 
 from pool.config import Placement
 from pool.front.zygotes import zygote_environment
-from pool.shm import control, doorbell, weights
+from pool.shm import control, doorbell, loans, weights
 from pool.shm.arena import Arena, plan_layout, slot_bytes_for
 from pool.shm.doorbell import Message, Ring
 from pool.wire import TensorMeta
@@ -79,6 +79,7 @@ class Zygote:
         """Start a worker; gives its pid and its doorbell."""
         bell, its_bell = doorbell.make_pair()
         bell.settimeout(PATIENCE_S)
+        lender, borrower = loans.make_pair()
         order = control.write_order(
             control.WorkerOrder(
                 model="m",
@@ -94,8 +95,10 @@ class Zygote:
             )
         )
         shared = [] if weights_fd is None else [weights_fd]
-        pid = self.fork("worker", [order, self.lifeline, 2, its_bell.fileno(), arena.fd, *shared])
-        its_bell.close()
+        fds = [order, self.lifeline, 2, its_bell.fileno(), borrower.fileno(), arena.fd, *shared]
+        pid = self.fork("worker", fds)
+        for sock in (its_bell, lender, borrower):
+            sock.close()
         os.close(order)
         return pid, bell
 
@@ -224,7 +227,7 @@ def test_a_child_has_no_descriptors_but_its_own(zygote, loaded, arena):
         assert doorbell.answer(bell) == Message(Ring.READY)
     for pid in pids:
         kinds = [os.readlink(f"/proc/{pid}/fd/{fd}").split(":")[0] for fd in os.listdir(f"/proc/{pid}/fd")]
-        assert kinds.count("socket") == 1
+        assert kinds.count("socket") == 2  # its doorbell, and what it is lent comes by
     for pid, bell in zip(pids, bells, strict=True):
         bell.close()
         assert zygote.await_exit(pid) == 0
