@@ -131,12 +131,14 @@ def _play(role: str, fds: list[int]) -> None:
         volunteer()
         die_with_front(lifeline_fd)
         if role == "loader":
+            _print_as_errors()
             run_loader(control.read_order(order_fd, control.LoaderOrder), *rest)
             code = 0
         else:
             stderr_fd, *rest = rest
             os.dup2(stderr_fd, 2)
             os.close(stderr_fd)
+            _print_as_errors()
             _tell_where_it_dies()
             order = control.read_order(order_fd, control.WorkerOrder)
             name_process(f"pool-{order.index}-{order.model}")
@@ -147,6 +149,11 @@ def _play(role: str, fds: list[int]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # skips atexit: frameworks hang in theirs after a fork
+
+
+def _print_as_errors() -> None:
+    """What a model prints goes with its messages: the standard output is for what a command was asked."""
+    os.dup2(2, 1)
 
 
 def _tell_where_it_dies() -> None:
