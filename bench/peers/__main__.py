@@ -28,6 +28,7 @@ from bench.peers.workloads import FULL, QUICK, WORKLOADS, Pace, Prepared, measur
 RESULTS = Path(__file__).resolve().parent.parent / "results-peers.json"
 PICTURES = Path(__file__).resolve().parent.parent.parent / "docs"
 LEADERS = 2
+_CEILING_ROUNDS = 3
 # Sockets of 1,024 clients, at both ends.
 _FILES = 20_000
 
@@ -122,7 +123,8 @@ def _rounds(prepared: Prepared, names: list[str], rounds: int, pace: Pace, is_qu
     rows = list(first)
     if workload.name == "memory" or rounds == 1:
         return rows  # bytes do not vary from round to round
-    measured = [row for row in first if "error" not in row]
+    deciding = workload.deciding or workload.levels
+    measured = [row for row in first if "error" not in row and row["in_flight"] in deciding]
     leading = contenders(measured, LEADERS, "pool")
     by_name = {system.name: system for system in SYSTEMS}
     again = [(by_name[name], wait_ms) for name, wait_ms in leading]
@@ -149,7 +151,7 @@ def _ceilings(prepared: Prepared, pace: Pace, rounds: int) -> dict[str, Any]:
     if workload.name == "mlp":
         cores = cores[:1]
     found: list[dict[str, Any]] = []
-    for _ in range(rounds):
+    for _ in range(min(rounds, _CEILING_ROUNDS)):
         each: dict[str, Any] = {}
         if workload.name in ("mlp", "mobilenet"):
             each["bare"] = bare(prepared.path, workload.batch, cores, 2 * seconds)

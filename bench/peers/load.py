@@ -163,13 +163,8 @@ def read_perf_analyzer(output: str, figures: str) -> Load:
 
 def _pool(endpoint: str, in_flight: int, seconds: float) -> Load:
     # It takes a number of requests: a short run tells how many fit.
-    few = _pool_bench(endpoint, in_flight, 4 * in_flight, seconds)
-    some = _pool_bench(endpoint, in_flight, _fit(few, in_flight, seconds / 10), seconds)
-    return _pool_bench(endpoint, in_flight, _fit(some, in_flight, seconds), seconds)
-
-
-def _fit(seen: Load, in_flight: int, seconds: float) -> int:
-    return max(2 * in_flight, int(seen.requests_per_s * seconds))
+    few = _pool_bench(endpoint, in_flight, 8 * in_flight, seconds)
+    return _pool_bench(endpoint, in_flight, max(2 * in_flight, int(few.requests_per_s * seconds)), seconds)
 
 
 def _pool_bench(endpoint: str, in_flight: int, requests: int, seconds: float) -> Load:

@@ -46,7 +46,7 @@ class Pace(NamedTuple):
     after_kill: float
 
 
-FULL = Pace(1.5, 1.0, 6.0, 14.0)
+FULL = Pace(1.2, 1.0, 6.0, 14.0)
 QUICK = Pace(0.5, 0.5, 4.0, 8.0)
 
 
@@ -63,6 +63,7 @@ class Workload(NamedTuple):
         workers: Numbers of workers, or None for what the system does best with.
         is_kill: Whether a worker is killed, rather than load measured.
         is_wait_tried: Whether to try different batch waits.
+        deciding: Requests in flight where the two best go into the further rounds; empty for everywhere.
         length: Of a measurement, against one with small rows: slow requests need longer.
         servers: Those it is for; empty for all.
     """
@@ -76,6 +77,7 @@ class Workload(NamedTuple):
     workers: tuple[int, ...] | None = None
     is_kill: bool = False
     is_wait_tried: bool = False
+    deciding: tuple[int, ...] = ()
     length: float = 1.0
     servers: tuple[str, ...] = ()
 
@@ -86,6 +88,8 @@ def _test_model(name: str) -> Callable[[], Path]:
 
 _CORES = len(os.sched_getaffinity(0))
 _IMAGE = (224, 224, 3)
+# `gc.freeze()` changes neither what a worker takes nor how it is replaced.
+_UNALIKE = tuple(system.name for system in SYSTEMS if system.name != "fastapi-frozen")
 _RAW_BODIES = ("pool", "flask", "fastapi", "mosec", "triton", "pytriton")
 
 WORKLOADS = {
@@ -93,15 +97,15 @@ WORKLOADS = {
     for workload in (
         Workload(
             "mlp", "MLP 784-256-10, one row a request", _test_model("mlp"), (784,), 64,
-            (1, 16, 64, 256, 1024), is_wait_tried=True,
+            (1, 16, 64, 256, 1024), is_wait_tried=True, deciding=(1, 256),
         ),
         Workload(
             "mobilenet", "MobileNetV2 224x224x3, one image a request", _test_model("mobilenet"), _IMAGE, 8,
-            (1, 4, 16, 32), workers=(_CORES,), is_wait_tried=True, length=2.0,
+            (1, 4, 16, 32), workers=(_CORES,), is_wait_tried=True, deciding=(32,), length=2.0,
         ),
         Workload(
             "memory", "805 MB model, memory of the whole tree", _test_model("big"), (4096,), 8,
-            (4,), workers=(1, 2, 4),
+            (4,), workers=(1, 2, 4), servers=_UNALIKE,
         ),
         Workload(
             "large", "1080p float32 images, 25 MB a request, cropped", lambda: bench_models.path("crop"),
@@ -109,7 +113,7 @@ WORKLOADS = {
         ),
         Workload(
             "kill", "a worker of two killed, MobileNetV2, 16 clients", _test_model("mobilenet"), _IMAGE, 8,
-            (16,), workers=(2,), is_kill=True,
+            (16,), workers=(2,), is_kill=True, servers=_UNALIKE,
         ),
     )
 }  # fmt: skip
