@@ -51,6 +51,7 @@ def render(results: Results) -> str:
         *_large(results),
         *_kills(results),
         *_absent(results),
+        *_pictures(results),
     ]
     return "\n\n".join([PEERS_BEGIN, *parts, PEERS_END])
 
@@ -159,6 +160,12 @@ def _kills(results: Results) -> Iterator[str]:
 def _absent(results: Results) -> Iterator[str]:
     if results["absent"]:
         yield "Not measured:\n" + "\n".join(f"- {name}: {why}" for name, why in results["absent"].items())
+
+
+def _pictures(results: Results) -> Iterator[str]:
+    for workload, what in (("mlp", "MLP"), ("mobilenet", "MobileNetV2"), ("memory", "memory")):
+        if of(results, workload):
+            yield f"![Peers: {what}](docs/peers-{workload}.png)"
 
 
 # -- what must be reached ------------------------------------------------------------------------------

@@ -204,6 +204,8 @@ def _level(
     before = server.tree.cpu_s()
     load = generate(door, endpoint, row, in_flight, pace.level * prepared.workload.length)
     spent = spent_us(before, server.tree.cpu_s())
+    if not load.requests_per_s:
+        raise LoadFailed(f"none of {load.failures} requests was answered well")
     return {
         "in_flight": in_flight,
         "requests_per_s": load.requests_per_s,
