@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-pytest.importorskip("mtcnn", reason="the extra `examples` is not installed")
+if importlib.util.find_spec("mtcnn") is None:  # not imported yet: it imports TensorFlow
+    pytest.skip("the extra `examples` is not installed", allow_module_level=True)
 data = pytest.importorskip("skimage.data", reason="the extra `examples` is not installed")
 
 from examples.faces import geometry  # noqa: E402
@@ -38,11 +41,14 @@ def portrait(astronaut):
 
 
 @pytest.fixture(scope="module")
-def faces_of():
+def faces_of(tensorflow_backend):
     """What the package finds: boxes [faces, 4], probabilities [faces], landmarks [faces, 5, 2]."""
+    assert tensorflow_backend  # prepared: it cannot be, once TensorFlow has run something
     from mtcnn import MTCNN
 
     detector = MTCNN()
+    gc.collect()
+    gc.freeze()  # as in `tensorflow_backend`: it imports Keras
 
     def find(picture):
         found = detector.detect_faces(picture, output_type="numpy", box_format="xyxy")
