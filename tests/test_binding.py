@@ -129,7 +129,7 @@ def test_a_group_the_server_is_not_in_is_a_mistake_of_the_config(router):
 
 
 def test_ipv6_is_served_where_it_is_named(router):
-    assert bind(router, "tcp://[::1]:*", ServerConfig()) is None
+    bind(router, "tcp://[::1]:*", ServerConfig())
     assert router.last_endpoint.startswith(b"tcp://[::1]:")
-    assert bind(router, "tcp://127.0.0.1:*", ServerConfig()) is None
+    bind(router, "tcp://127.0.0.1:*", ServerConfig())
     assert router.last_endpoint.startswith(b"tcp://127.0.0.1:")
