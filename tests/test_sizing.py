@@ -44,13 +44,13 @@ def test_row_bytes(specs, batched, size):
 
 def test_a_slot_holds_a_full_batch_of_the_largest_signature():
     slots, slot_bytes = plan(MLP, max_batch_size=64)
-    assert slots == 16
+    assert slots == 32
     inputs = (TensorMeta("x", "float32", (784,)),)
     assert plan_layout(1, MLP, inputs, 40, slot_bytes, 1000).capacity >= 64
     assert slot_bytes < TENSORS_OFFSET + 64 * 3176 + 2 * 4096
 
 
-@pytest.mark.parametrize(("workers", "slots"), [(1, 16), (7, 16), (8, 18), (20, 42)])
+@pytest.mark.parametrize(("workers", "slots"), [(1, 32), (15, 32), (16, 34), (20, 42)])
 def test_each_worker_has_one_batch_running_and_one_waiting(workers, slots):
     assert plan(MLP, workers=workers)[0] == slots
 

@@ -10,9 +10,10 @@ from pool.shm.control import LoadReport
 from pool.signature import ITEM_BYTES, Signature, TensorSpec
 
 # Slots when the config does not say: enough to queue while every worker has one running and one
-# waiting, and otherwise as many as fit this budget, up to 16 (1,024 rows at the default batch size).
+# waiting, and otherwise as many as fit this budget, up to 32: a client with 1,024 rows under way at the
+# default batch size (64) finds room, though not all of it is one client's.
 _ARENA_BUDGET_BYTES = 512 << 20
-_SLOTS_MAX = 16
+_SLOTS_MAX = 32
 
 
 def row_bytes(specs: Sequence[TensorSpec], batched: bool) -> int | None:

@@ -29,7 +29,7 @@ from pool.shm.loans import Borrowed, Place, read_places
 from pool.signature import ITEM_BYTES, Signature, dtype_name, numpy_dtype, row_items
 from pool.wire import encode_strings
 
-# Bound calls kept. 16 slots x 64 batch sizes are 1,024 for one layout; an entry is a few kB of tensor
+# Bound calls kept. 32 slots x 64 batch sizes are 2,048 for one layout; an entry is a few kB of tensor
 # handles. When more shapes than this come by, all are dropped and built again on demand.
 _BOUND_MAX = 4096
 
