@@ -57,6 +57,12 @@ def test_h2load_counts_good_answers_by_its_log():
     assert load == (5, 8.0, 2.5, pytest.approx(3.97), 1)
 
 
+def test_h2load_that_was_told_a_number_is_timed_by_its_log():
+    starts = [0, *range(5_000_000, 5_500_000, 5_000), 9_000_000]  # one long before, one long after
+    log = "".join(f"{at}\t200\t500\n" for at in starts)
+    assert read_h2load(H2LOAD, log, None).requests_per_s == pytest.approx(200)
+
+
 def test_h2load_without_a_good_answer_has_no_percentiles():
     load = read_h2load(H2LOAD, "1\t-1\t5\n", 0.5)
     assert load.requests_per_s == 0

@@ -26,7 +26,8 @@ from bench.peers.doors import Array, Door
 # Streams of a connection: gRPC clients share few.
 _GRPC_CONNECTIONS = 8
 _GRACE_S = 45.0
-_INACTIVE = "5"  # seconds; an answer that takes longer is a failure
+_MANY = 256
+_INACTIVE_S = 5  # an answer that takes longer is a failure
 
 
 class Load(NamedTuple):
@@ -81,9 +82,7 @@ def _h2load(door: Door, endpoint: str, row: Array, in_flight: int, seconds: floa
     with tempfile.TemporaryDirectory(prefix="pool-bench-") as folder:
         file, log = Path(folder, "body"), Path(folder, "log")
         file.write_bytes(body)
-        # Without -N it may wait for ever for connections that end when its time is up.
-        command = ["h2load", "-D", f"{round(seconds * 1000)}ms", "-N", _INACTIVE, "-d", str(file)]
-        command += ["--log-file", str(log)]
+        command = ["h2load", "-d", str(file), "--log-file", str(log)]
         if door.protocol == "grpc":
             connections = min(in_flight, _GRPC_CONNECTIONS)
             command += ["-c", str(connections), "-m", str(math.ceil(in_flight / connections))]
@@ -91,17 +90,31 @@ def _h2load(door: Door, endpoint: str, row: Array, in_flight: int, seconds: floa
             command += ["--h1", "-c", str(in_flight)]
         for name, value in headers.items():
             command += ["-H", f"{name}: {value}"]
-        out = run([*command, f"http://{endpoint}{door.path}"], seconds + _GRACE_S)
-        return read_h2load(out, log.read_text() if log.exists() else "", seconds)
+        command += ["-N", str(_INACTIVE_S), f"http://{endpoint}{door.path}"]
+
+        def read(out: str, took_s: float | None) -> Load:
+            return read_h2load(out, log.read_text() if log.exists() else "", took_s)
+
+        if in_flight < _MANY:
+            timed = ["-D", f"{round(seconds * 1000)}ms"]
+            return read(run([*command, *timed], seconds + _GRACE_S), seconds)
+        # With many connections h2load may wait for ever when its time is up: it is told a number then.
+        few = read(run([*command, "-n", str(16 * in_flight)], _GRACE_S), None)
+        log.unlink(missing_ok=True)
+        requests = max(16 * in_flight, int(few.requests_per_s * seconds))
+        load = read(run([*command, "-n", str(requests)], seconds + _GRACE_S), None)
+        # What the first ones cost is in the server's account.
+        return load._replace(requests=load.requests + few.requests)
 
 
-def read_h2load(output: str, log: str, seconds: float) -> Load:
+def read_h2load(output: str, log: str, seconds: float | None) -> Load:
     """What h2load says, and its log of requests.
 
     Args:
         output: What it printed.
         log: A line a request: start in µs, HTTP status (-1 if it failed), µs until its end.
-        seconds: That were asked for.
+        seconds: That were asked for; None to take the time in which half of the answers came, in the middle:
+            before, connections are made, and after, some have nothing left to send.
 
     Raises:
         LoadFailed: it does not look like h2load's.
@@ -116,7 +129,14 @@ def read_h2load(output: str, log: str, seconds: float) -> Load:
     if not len(good):
         return Load(bad, 0.0, math.nan, math.nan, failures)
     p50, p99 = np.percentile(good, [50, 99]) / 1e3
-    return Load(len(good) + bad, len(good) / seconds, float(p50), float(p99), failures)
+    rate = len(good) / seconds if seconds is not None else _middle_rate(fields)
+    return Load(len(good) + bad, rate, float(p50), float(p99), failures)
+
+
+def _middle_rate(fields: list[list[str]]) -> float:
+    ends = np.sort([int(f[0]) + int(f[2]) for f in fields if f[1] == "200"]) / 1e6
+    first, last = len(ends) // 4, 3 * len(ends) // 4
+    return float((last - first) / (ends[last] - ends[first])) if ends[last] > ends[first] else 0.0
 
 
 # -- perf_analyzer -------------------------------------------------------------------------------------
