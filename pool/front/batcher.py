@@ -186,7 +186,7 @@ class Batcher:
         slot.state = next_slot_state(slot.state, SlotEvent.DISPATCH)
         slot.worker = worker
         slot.generation = (slot.generation + 1) & 0xFFFFFFFF  # u32 in the doorbell
-        slot.dispatched_at = now
+        slot.given_at = slot.dispatched_at = now
         if slot.runs:
             slot.closed_by = "rerun"
         slot.runs += 1

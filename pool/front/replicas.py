@@ -315,7 +315,8 @@ class Replicas:
         counted = self.workers[worker.index] if is_retiring else worker
         counted.batches += 1
         counted.rows += done.rows
-        counted.busy_s += now - done.dispatched_at
+        counted.busy_s += now - max(done.dispatched_at, worker.answered_at)
+        worker.answered_at = now
         most = self._generation.config.max_batches_per_worker
         if most is not None and worker.batches_now >= most and worker.role == "serving":
             self.replace(worker, f"it has run {worker.batches_now} batches")

@@ -177,6 +177,10 @@ class Serving:
             log.error("stale answer", model=model, worker=worker.index, slot=message.slot)
             return
         now = time.monotonic()
+        if slot.given_at < slot.dispatched_at and message.kind == Ring.DONE:
+            # It was ahead, and began before the answer for the batch before it was heard.
+            began = self.generation.arena.read_began_s(slot.index)
+            slot.dispatched_at = min(max(began, slot.given_at), slot.dispatched_at)
         tickets = self._batcher.finish(slot, now)
         self.replicas.finished(worker, now)
         self.running -= 1

@@ -114,7 +114,8 @@ class Slot:
         has_waited: Whether no worker was ready then.
         place: The index of `worker` within the model.
         answered_at: When `worker` answered.
-        dispatched_at: When it was given to `worker`, or when that answered for the batch before.
+        given_at: When it was given to `worker`.
+        dispatched_at: When that began with it: when it was given, or when the batch before was answered.
         earliest_deadline: Of its unsettled tickets.
         generation: Counts dispatches: a stale answer carries an old number.
         pins: The shell's count of answers that still read the slot's bytes.
@@ -135,6 +136,7 @@ class Slot:
         "dispatched_at",
         "earliest_deadline",
         "generation",
+        "given_at",
         "has_ballast",
         "has_waited",
         "index",
@@ -168,6 +170,7 @@ class Slot:
         self.opened_at = 0.0
         self.predicted_at = 0.0
         self.has_waited = False
+        self.given_at = 0.0
         self.dispatched_at = 0.0
         self.answered_at = 0.0
         self.place = -1

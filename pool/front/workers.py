@@ -75,6 +75,7 @@ class Worker:
         rows: Rows of those batches.
         busy_s: Seconds it had a batch, by all of them.
         batches_now: Batches finished by the present process.
+        answered_at: When it last answered.
         restarts: Times a process was started to replace one that ended.
         failures: Deaths in a row without a finished batch or a while of being ready in between.
         starting: What gives it a process, since it was started again.
@@ -104,6 +105,7 @@ class Worker:
         self.rows = 0
         self.busy_s = 0.0
         self.batches_now = 0
+        self.answered_at = 0.0
         self.restarts = 0
         self.failures = 0
         self.started_at = 0.0
@@ -120,7 +122,8 @@ class Worker:
 
     def busy_until(self, now: float) -> float:
         """`busy_s`, with the batch it has now."""
-        return self.busy_s + (now - self.slot.dispatched_at if self.slot is not None else 0.0)
+        began = max(self.slot.dispatched_at, self.answered_at) if self.slot is not None else now
+        return self.busy_s + now - began
 
     def move(self, event: WorkerEvent) -> None:
         """Change state; raises IllegalTransition for what cannot happen."""

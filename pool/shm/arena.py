@@ -42,6 +42,7 @@ TENSORS_OFFSET = 2 * PAGE_BYTES
 
 _LENGTH = struct.Struct("<I")
 _RUN_RECORD = struct.Struct("<QQI")
+_BEGAN = struct.Struct("<Q")
 _DESCRIPTOR_MAX_BYTES = PAGE_BYTES - _LENGTH.size
 _OUTPUTS_MAX_BYTES = PAGE_BYTES - _RUN_RECORD.size
 
@@ -267,6 +268,11 @@ class Arena:
             _LENGTH.pack_into(view, 0, len(encoded))
             view[_LENGTH.size : _LENGTH.size + len(encoded)] = encoded
             self._described[slot] = encoded
+
+    def read_began_s(self, slot: int) -> float:
+        """When the worker started its run, in seconds of CLOCK_MONOTONIC; anything at all if it scribbled."""
+        began_ns: int = _BEGAN.unpack_from(self.slots[slot].data, RUN_RECORD_OFFSET)[0]
+        return began_ns * 1e-9
 
     def read_run_record(self, slot: int) -> tuple[int, int, bytes]:
         """When the worker started and ended its run (CLOCK_MONOTONIC ns), and the outputs' places encoded.
