@@ -40,9 +40,17 @@ def _version(name: str) -> str:
         return ""
 
 
+# What measurements write themselves.
+_WRITTEN = (":!README.md", ":!bench/results*.json", ":!docs/peers-*.png")
+
+
 def _commit() -> str:
+    head = _git("rev-parse", "--short", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *_WRITTEN)
+    return f"{head}-dirty" if changed else head or "unknown"
+
+
+def _git(*arguments: str) -> str:
     root = Path(__file__).parent.parent
-    head = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
-    )
-    return head.stdout.strip() or "unknown"
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
