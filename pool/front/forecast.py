@@ -19,7 +19,7 @@ _NEWEST = 0.1
 # long, what was known of them is forgotten. Or else one slow second could have rows refused for ever.
 _NEWEST_OTHER = 0.02
 # Deviations beyond the mean by which a batch may be later than predicted: few are later than that.
-_DEVIATIONS = 4
+_DEVIATIONS = 6
 
 
 class Forecast:
