@@ -183,7 +183,7 @@ def test_a_request_that_expires_while_its_batch_is_tried_is_answered_then(server
             await asyncio.sleep(0.05)
             return await asyncio.gather(
                 client.predict("two", row(next(numbers), Fault.HANG)),
-                client.predict("two", row(next(numbers)), timeout=0.3),
+                client.predict("two", row(next(numbers)), timeout=0.7),
                 client.predict("two", row(next(numbers))),
                 *sleeping,
                 return_exceptions=True,
