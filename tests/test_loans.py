@@ -56,6 +56,18 @@ def test_what_was_given_back_is_not_there_any_more(pair):
             borrowed.memory(1)
 
 
+def test_what_is_given_back_unused_does_not_stay_on_its_way(pair):
+    front, worker = pair
+    borrowed = Borrowed(worker)
+    with memfd(bytes(4096)) as fd, memfd(b"x" * 4096) as other:
+        loans.lend(front, 1, 4096, fd)
+        loans.lend(front, 2, 4096, other)
+        borrowed.give_back(1)
+        assert bytes(borrowed.memory(2)[:1]) == b"x"
+        with pytest.raises(BlockingIOError):
+            borrowed.memory(1)
+
+
 @given(st.lists(st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)), max_size=20))
 def test_places_are_read_as_they_were_written(given_):
     slot = np.zeros(3 * 4096, np.uint8)

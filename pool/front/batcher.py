@@ -277,7 +277,7 @@ class Batcher:
             slot = self._spoilt.pop()
             if slot.worker is not None and self._ahead.get(slot.worker) is slot:
                 return slot
-        if not self._ahead:
+        if not self._ahead or not (self._ready or self._queued):
             return None
         slot = max(self._ahead.values(), key=self._due)
         if self._ready:

@@ -105,18 +105,30 @@ class Borrowed:
             OSError: it cannot be mapped, or was not passed.
         """
         while number not in self._memories:
-            data, fds, _, _ = socket.recv_fds(self._sock, _PASS.size, 1)
-            passed, _, size = _PASS.unpack(data)
-            try:
-                # Private and writable, for numpy does not hand out read-only memory by DLPack.
-                mapped = mmap.mmap(fds[0], size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
-            finally:
-                os.close(fds[0])
-            with suppress(OSError):  # an older kernel: pages come one after the other
-                mapped.madvise(_MADV_POPULATE_READ)
-            self._memories[passed] = np.frombuffer(mapped, np.uint8)
+            passed, memory = self._receive()
+            self._memories[passed] = memory
         return self._memories[number]
 
+    def _receive(self) -> tuple[int, npt.NDArray[np.uint8]]:
+        data, fds, _, _ = socket.recv_fds(self._sock, _PASS.size, 1)
+        number, _, size = _PASS.unpack(data)
+        try:
+            # Private and writable, for numpy does not hand out read-only memory by DLPack.
+            mapped = mmap.mmap(fds[0], size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+        finally:
+            os.close(fds[0])
+        with suppress(OSError):  # an older kernel: pages come one after the other
+            mapped.madvise(_MADV_POPULATE_READ)
+        return number, np.frombuffer(mapped, np.uint8)
+
     def give_back(self, number: int) -> None:
-        """Forget a region; unmapped once no view of it is left."""
+        """Forget a region; unmapped once no view of it is left.
+
+        It may never have been used: the batch that lay in it was taken back. Then it is still on its way, and
+        in that socket it would stay alive.
+        """
+        with suppress(OSError):  # until nothing is left; what cannot be mapped is gone as well
+            while number not in self._memories:
+                passed, memory = self._receive()
+                self._memories[passed] = memory
         self._memories.pop(number, None)
