@@ -44,7 +44,7 @@ def bare(path: Path, batch: int, cores: list[int], seconds: float) -> dict[str, 
     }
 
 
-def echo(message_bytes: int, in_flight: int, seconds: float, rows: int = 1) -> dict[str, float]:
+def echo(row_bytes: int, in_flight: int, seconds: float, rows: int = 1) -> dict[str, float]:
     """A ROUTER that answers and does nothing else; messages of so many rows of so many bytes.
 
     Returns:
@@ -53,11 +53,11 @@ def echo(message_bytes: int, in_flight: int, seconds: float, rows: int = 1) -> d
     with tempfile.TemporaryDirectory(prefix="pb-") as folder:
         endpoint = f"ipc://{folder}/s"
         command = [sys.executable, "-m", "bench.peers.echo"]
-        size = str(message_bytes * rows)
-        server = subprocess.Popen([*command, "serve", endpoint, str(_ECHO_ANSWER_BYTES * rows), size])
+        message = [endpoint, str(rows), str(row_bytes)]
+        server = subprocess.Popen([*command, "serve", *message, str(_ECHO_ANSWER_BYTES)])
         try:
-            words = [size, str(max(1, in_flight // rows)), str(seconds)]
-            report = json.loads(run([*command, "load", endpoint, *words], seconds + 30))
+            words = [str(max(1, in_flight // rows)), str(seconds)]
+            report = json.loads(run([*command, "load", *message, *words], seconds + 30))
         finally:
             server.kill()
             server.wait()

@@ -1,7 +1,7 @@
-"""A naked ROUTER and its client: messages like a prediction's, answered by what came with nothing done to it.
+"""A naked ROUTER and its client: the frames of a prediction or a bundle, answered with nothing done to them.
 
-`python -m bench.peers.echo serve ENDPOINT ANSWER_BYTES BYTES` answers messages of so many bytes;
-`python -m bench.peers.echo load ENDPOINT BYTES IN_FLIGHT SECONDS` prints messages/s and the p50 in ms.
+`python -m bench.peers.echo serve ENDPOINT ROWS ROW_BYTES ANSWER_BYTES` answers messages of so many rows;
+`python -m bench.peers.echo load ENDPOINT ROWS ROW_BYTES IN_FLIGHT SECONDS` prints messages/s, p50 in ms.
 """
 
 from __future__ import annotations
@@ -13,30 +13,37 @@ import time
 import numpy as np
 import zmq
 
-HEADER = bytes(64)
+HEADER_BYTES, TABLE_BYTES = 64, 16  # of a message; of each request of a bundle (docs/wire.md 3.9)
 # Above this, frames are handed over rather than copied, as pool does.
 _COPY_BYTES = 262_144
 
 
-def serve(endpoint: str, answer_bytes: int, message_bytes: int) -> None:
+def frames(rows: int, row_bytes: int) -> list[bytes]:
+    """A header, the table if it is a bundle, a tensor."""
+    table = [bytes(TABLE_BYTES * rows)] if rows > 1 else []
+    return [bytes(HEADER_BYTES), *table, bytes(rows * row_bytes)]
+
+
+def serve(endpoint: str, rows: int, row_bytes: int, answer_bytes: int) -> None:
     """Answer until killed."""
-    answer = bytes(answer_bytes)
-    is_small = message_bytes <= _COPY_BYTES
+    answer = bytes(answer_bytes * rows)
+    is_small = rows * row_bytes <= _COPY_BYTES
+    before = len(frames(rows, row_bytes)) - 1
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
         router.sndhwm = router.rcvhwm = 20_000
         router.bind(endpoint)
         while True:
-            identity, header = router.recv(), router.recv()
+            kept = [router.recv() for _ in range(1 + before)]
             router.recv(copy=is_small)
-            router.send(identity, zmq.SNDMORE)
-            router.send(header, zmq.SNDMORE)
+            for frame in kept:
+                router.send(frame, zmq.SNDMORE)
             router.send(answer)
 
 
-def load(endpoint: str, message_bytes: int, in_flight: int, seconds: float) -> dict[str, float]:
+def load(endpoint: str, rows: int, row_bytes: int, in_flight: int, seconds: float) -> dict[str, float]:
     """Keep so many messages under way for so long."""
-    payload = bytes(message_bytes)
-    is_small = message_bytes <= _COPY_BYTES
+    *first, payload = frames(rows, row_bytes)
+    is_small = len(payload) <= _COPY_BYTES
     times: list[float] = []
     sent: list[float] = []
     with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
@@ -47,7 +54,8 @@ def load(endpoint: str, message_bytes: int, in_flight: int, seconds: float) -> d
 
         def send() -> None:
             sent.append(monotonic())
-            dealer.send(HEADER, zmq.SNDMORE)
+            for frame in first:
+                dealer.send(frame, zmq.SNDMORE)
             dealer.send(payload, 0, is_small)
 
         began = monotonic()
@@ -56,8 +64,8 @@ def load(endpoint: str, message_bytes: int, in_flight: int, seconds: float) -> d
         answered = 0
         # One client, one server: answers come in order.
         while (now := monotonic()) - began < seconds:
-            dealer.recv()
-            dealer.recv()
+            for _ in range(len(first) + 1):
+                dealer.recv()
             times.append(monotonic() - sent[answered])
             answered += 1
             send()
@@ -65,7 +73,9 @@ def load(endpoint: str, message_bytes: int, in_flight: int, seconds: float) -> d
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "serve":
-        serve(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    _, what, endpoint, *numbers = sys.argv
+    if what == "serve":
+        serve(endpoint, *map(int, numbers))
     else:
-        print(json.dumps(load(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]))))
+        *counts, seconds = numbers
+        print(json.dumps(load(endpoint, *map(int, counts), float(seconds))))
