@@ -202,18 +202,16 @@ def test_a_server_that_never_answered_has_not_recovered():
 # -- tables ------------------------------------------------------------------------------------------
 
 
-def results(rows, **fields):
+def results(rows, ceilings=None):
     return {
         "machine": "M",
         "system": "S",
         "libraries": "L",
         "date": "D",
-        "commit": "C",
         "rounds": 5,
         "absent": {"ray": "does not install: no wheel"},
-        "ceilings": {},
-        "rows": rows,
-    } | fields
+        "workloads": {"mlp": {"commit": "C", "ceilings": ceilings or {}, "rows": rows, "errors": []}},
+    }
 
 
 def test_goals_are_told_against_the_best_peer_and_only_where_measured():
@@ -231,9 +229,10 @@ def test_goals_are_told_against_the_best_peer_and_only_where_measured():
 
 def test_the_table_has_every_system_and_tells_who_is_absent():
     rows = [row(system="pool", in_flight=256), row(system="mosec", in_flight=256, failures=7)]
-    text = report.render(results(rows, ceilings={"mlp": {"bare": {"requests_per_s": 400.0}}}))
+    text = report.render(results(rows, {"bare": {"requests_per_s": 400.0}}))
     assert "| mosec | 1 | 100 (2) | 10 | 25% | 7 |" in text
     assert "- ray: does not install: no wheel" in text
+    assert "commits C (mlp)" in text
     assert text.startswith("<!-- peers")
 
 

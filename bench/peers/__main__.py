@@ -1,8 +1,8 @@
-"""`python -m bench.peers [--quick] [--only NAME,…] [--workloads NAME,…] [--rounds N]`.
+"""`python -m bench.peers [--quick] [--only NAME,…] [--workloads NAME,… [--record]] [--rounds N]`.
 
 All systems take part in the first round of each workload, with each batch wait; those that lead somewhere,
-and pool, in the others. Writes `bench/results-peers.json`, pictures in `docs/`, and the README's second
-table, unless only a part was asked for.
+pool, and what the machine could do at most, in the others. Writes `bench/results-peers.json`, pictures in
+`docs/`, and the README's second table, unless only a part was asked for.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from bench.peers.workloads import FULL, QUICK, WORKLOADS, Pace, Prepared, measur
 RESULTS = Path(__file__).resolve().parent.parent / "results-peers.json"
 PICTURES = Path(__file__).resolve().parent.parent.parent / "docs"
 LEADERS = 2
-_CEILING_ROUNDS = 3
+
+Ceilings = dict[str, dict[str, float]]
+
 # Sockets of 1,024 clients, at both ends.
 _FILES = 20_000
 
@@ -45,28 +47,31 @@ def main() -> None:
     print("\n".join(f"{key}: {value}" for key, value in machine.items()), flush=True)
     absent = _install(args.only)
     names = [name for name in args.only if name not in absent]
-    rows: list[Row] = []
-    ceilings: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     began = time.monotonic()
     for name in args.workloads:
-        prepared = prepare(WORKLOADS[name])
-        rows += _rounds(prepared, names, rounds, pace, args.quick)
-        ceilings |= _ceilings(prepared, pace, rounds)
+        rows, ceilings = _rounds(prepare(WORKLOADS[name]), names, rounds, pace, args.quick)
+        for row in rows:
+            if "error" in row and row["in_flight"] == 0:
+                absent.setdefault(row["system"], row["error"])
+        measured[name] = {
+            "commit": machine["commit"],
+            "ceilings": report.median_of(ceilings) if ceilings else {},
+            "rows": better_waits(medians(row for row in rows if "error" not in row)),
+            "errors": [row for row in rows if "error" in row],
+        }
     took_s = time.monotonic() - began
-    for row in rows:
-        if "error" in row and row["in_flight"] == 0:
-            absent.setdefault(row["system"], row["error"])
+    if args.record and RESULTS.exists():
+        before = json.loads(RESULTS.read_text())
+        absent, measured = before["absent"] | absent, before["workloads"] | measured
     results = {
         **machine,
         "rounds": rounds,
-        "took_s": round(took_s),
         "versions": {
             system.name: environments.versions(system.environment) for system in SYSTEMS if system.environment
         },
         "absent": absent,
-        "ceilings": ceilings,
-        "rows": better_waits(medians(row for row in rows if "error" not in row)),
-        "errors": [row for row in rows if "error" in row],
+        "workloads": {name: measured[name] for name in WORKLOADS if name in measured},
     }
     text = report.render(results)
     print(f"\n{text}\nTook {took_s / 60:.0f} min.")
@@ -84,6 +89,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one short round, with one batch wait")
     parser.add_argument("--only", metavar="NAME,…", help=f"systems: {', '.join(known)}")
     parser.add_argument("--workloads", metavar="NAME,…", help=f"of {', '.join(WORKLOADS)}")
+    parser.add_argument("--record", action="store_true", help="with workloads: write these, keep the others")
     parser.add_argument("--rounds", type=int, help="rounds of which the median counts (default: 5)")
     parser.add_argument(
         "--output",
@@ -91,7 +97,10 @@ def _arguments() -> argparse.Namespace:
         help="where to write results of a part, or a quick run (default: build/peers)",
     )
     args = parser.parse_args()
-    args.is_whole = not (args.quick or args.only or args.workloads or args.output)
+    args.is_whole = not (args.quick or args.only or args.output) and (args.record or not args.workloads)
+    if args.record and not args.is_whole:
+        parser.error("--record: only what is whole is kept; wanted no --quick, --only or --output")
+    args.record = args.record and bool(args.workloads)
     args.output = args.output or (str(RESULTS.parent) if args.is_whole else "build/peers")
     for option, choices in (("only", known), ("workloads", list(WORKLOADS))):
         given = (getattr(args, option) or ",".join(choices)).split(",")
@@ -115,16 +124,18 @@ def _install(names: list[str]) -> dict[str, str]:
     return absent
 
 
-def _rounds(prepared: Prepared, names: list[str], rounds: int, pace: Pace, is_quick: bool) -> list[Row]:
+def _rounds(
+    prepared: Prepared, names: list[str], rounds: int, pace: Pace, is_quick: bool
+) -> tuple[list[Row], list[Ceilings]]:
     workload = prepared.workload
     everyone = variants(workload, names, is_quick)
     print(f"\n{workload.what}", flush=True)
-    first = [row for system, wait_ms in everyone for row in _one(prepared, system, wait_ms, pace)]
-    rows = list(first)
+    rows = [row for system, wait_ms in everyone for row in _one(prepared, system, wait_ms, pace)]
+    ceilings = [_ceilings(prepared, pace)]
     if workload.name == "memory" or rounds == 1:
-        return rows  # bytes do not vary from round to round
+        return rows, ceilings  # bytes do not vary from round to round
     deciding = workload.deciding or workload.levels
-    measured = [row for row in first if "error" not in row and row["in_flight"] in deciding]
+    measured = [row for row in rows if "error" not in row and row["in_flight"] in deciding]
     leading = contenders(measured, LEADERS, "pool")
     by_name = {system.name: system for system in SYSTEMS}
     again = [(by_name[name], wait_ms) for name, wait_ms in leading]
@@ -133,7 +144,8 @@ def _rounds(prepared: Prepared, names: list[str], rounds: int, pace: Pace, is_qu
         # Forth and back: nobody always follows the same one.
         for system, wait_ms in again if number % 2 else reversed(again):
             rows += _one(prepared, system, wait_ms, pace)
-    return rows
+        ceilings.append(_ceilings(prepared, pace))
+    return rows, ceilings
 
 
 def _one(prepared: Prepared, system: Any, wait_ms: float, pace: Pace) -> list[Row]:
@@ -143,26 +155,23 @@ def _one(prepared: Prepared, system: Any, wait_ms: float, pace: Pace) -> list[Ro
     return rows
 
 
-def _ceilings(prepared: Prepared, pace: Pace, rounds: int) -> dict[str, Any]:
+def _ceilings(prepared: Prepared, pace: Pace) -> Ceilings:
     workload = prepared.workload
     row_bytes = prepared.x[0].nbytes
     seconds = pace.level * workload.length
     cores = sorted(os.sched_getaffinity(0))
     if workload.name == "mlp":
         cores = cores[:1]
-    found: list[dict[str, Any]] = []
-    for _ in range(min(rounds, _CEILING_ROUNDS)):
-        each: dict[str, Any] = {}
-        if workload.name in ("mlp", "mobilenet"):
-            each["bare"] = bare(prepared.path, workload.batch, cores, 2 * seconds)
-        if workload.name == "mlp":
-            each["echo"] = echo(row_bytes, 256, seconds)
-            each["echo bundled"] = echo(row_bytes, 256, seconds, workload.batch)
-        if workload.name == "large":
-            each["echo"] = echo(row_bytes, 2, seconds)
-            each["memcpy"] = {"gb_per_s": memcpy(row_bytes, seconds)}
-        found.append(each)
-    return {workload.name: report.median_of(found)} if found[0] else {}
+    found: Ceilings = {}
+    if workload.name in ("mlp", "mobilenet"):
+        found["bare"] = bare(prepared.path, workload.batch, cores, 2 * seconds)
+    if workload.name == "mlp":
+        found["echo"] = echo(row_bytes, 256, seconds)
+        found["echo bundled"] = echo(row_bytes, 256, seconds, workload.batch)
+    if workload.name == "large":
+        found["echo"] = echo(row_bytes, 2, seconds)
+        found["memcpy"] = {"gb_per_s": memcpy(row_bytes, seconds)}
+    return found
 
 
 main()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.peers.report import OWN, of
+from bench.peers.report import OWN, commits, of
 from bench.peers.summary import Row
 
 _SIZE = (10, 6.5)
@@ -92,7 +92,7 @@ def _finish(figure: Any, title: str, results: dict[str, Any], file: Path) -> Non
     from matplotlib import pyplot
 
     figure.suptitle(title)
-    where = f"{results['machine']}; {results['libraries']}; commit {results['commit']}; {results['date']}"
+    where = f"{results['machine']}; {results['libraries']}; {commits(results)}; {results['date']}"
     figure.text(0.5, 0.005, where, ha="center", fontsize=7)
     figure.tight_layout(rect=(0, 0.02, 1, 1))
     figure.savefig(file, dpi=110)

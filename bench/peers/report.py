@@ -41,9 +41,10 @@ def line(row: Row) -> str:
 def render(results: Results) -> str:
     """Everything, in Markdown, with the README's marks around it."""
     parts = [
-        f"{results['machine']}; {results['system']}; {results['libraries']}. {results['date']}, commit "
-        f"{results['commit']}. Medians of {results['rounds']} alternating rounds for pool and whoever leads "
-        "somewhere, one round for the others; the better of a 2 ms batch wait and none is shown.",
+        f"{results['machine']}; {results['system']}; {results['libraries']}. {results['date']}, commits "
+        f"{commits(results)}. Medians of {results['rounds']} alternating rounds for pool, whoever leads "
+        "somewhere, and the ceilings; one round for the others; the better of a 2 ms batch wait and none is "
+        "shown.",
         *_goals(results),
         *_throughput(results, "mlp", "MLP 784-256-10: requests/s (p99 ms)", 256),
         *_throughput(results, "mobilenet", "MobileNetV2 224x224x3: images/s (p99 ms)", 32),
@@ -64,9 +65,21 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def commits(results: Results) -> str:
+    """Which commit each workload was measured of."""
+    return ", ".join(f"{each['commit']} ({name})" for name, each in results["workloads"].items())
+
+
 def of(results: Results, workload: str) -> list[Row]:
     """The rows of a workload."""
-    return [row for row in results["rows"] if row["workload"] == workload]
+    rows: list[Row] = results["workloads"].get(workload, {}).get("rows", [])
+    return rows
+
+
+def ceilings(results: Results, workload: str) -> dict[str, dict[str, float]]:
+    """The most that is possible in a workload: figures by what is measured."""
+    found: dict[str, dict[str, float]] = results["workloads"].get(workload, {}).get("ceilings", {})
+    return found
 
 
 def _throughput(results: Results, workload: str, title: str, shared: int) -> Iterator[str]:
@@ -74,7 +87,7 @@ def _throughput(results: Results, workload: str, title: str, shared: int) -> Ite
     if not rows:
         return
     levels = sorted({row["in_flight"] for row in rows})
-    ceiling = results["ceilings"].get(workload, {}).get("bare", {}).get("requests_per_s")
+    ceiling = ceilings(results, workload).get("bare", {}).get("requests_per_s")
     table = []
     for system, found in _by_system(
         rows, lambda r: -r["requests_per_s"] if r["in_flight"] == shared else 0.0
@@ -88,7 +101,7 @@ def _throughput(results: Results, workload: str, title: str, shared: int) -> Ite
         table.append([system, str(found[0]["workers"]), *cells, cpu, share, str(failures)])
     head = [title, "workers", *(f"{level} in flight" for level in levels)]
     yield _table([*head, f"CPU us/request at {shared}", f"share of the ceiling at {shared}", "failed"], table)
-    for name, figures in results["ceilings"].get(workload, {}).items():
+    for name, figures in ceilings(results, workload).items():
         words = ", ".join(
             f"{key} {value:,.3g}" if value < 1000 else f"{key} {value:,.0f}" for key, value in figures.items()
         )
@@ -130,7 +143,7 @@ def _large(results: Results) -> Iterator[str]:
     if not rows:
         return
     levels = sorted({row["in_flight"] for row in rows})
-    ceiling = results["ceilings"].get("large", {}).get("memcpy", {}).get("gb_per_s")
+    ceiling = ceilings(results, "large").get("memcpy", {}).get("gb_per_s")
     table = []
     for system, found in _by_system(rows, lambda r: -r["gb_per_s"]):
         here = {row["in_flight"]: row for row in found}
@@ -214,10 +227,8 @@ def goals(results: Results) -> Iterator[list[str]]:
                 return value
         return None
 
-    def over(value: float | None, *path: str) -> float | None:
-        below: Any = results["ceilings"]
-        for key in path:
-            below = below.get(key, {})
+    def over(value: float | None, workload: str, name: str, figure: str) -> float | None:
+        below = ceilings(results, workload).get(name, {}).get(figure)
         return value / below if value is not None and below else None
 
     rate, cpu = "requests_per_s", "cpu_us"
