@@ -92,11 +92,13 @@ def prepared() -> Iterator[Prepared]:
 def test_every_request_is_sent_and_timed(server: ScriptedServer, prepared: Prepared) -> None:
     client = prepared(task(server.endpoint, rows=3))
     before = len(server.requests)
-    result, latencies_s = client.run()
+    result, (latencies_s, answered_s) = client.run()
     assert result.answered == len(latencies_s) == 100
     assert result.errors == {}
     assert (latencies_s > 0).all()
     assert latencies_s.max() <= result.ended_s - result.started_s
+    assert (np.diff(answered_s) >= 0).all()
+    assert result.started_s <= answered_s[0] <= answered_s[-1] <= result.ended_s
     sent = server.requests[before:]
     assert [header.id for header in sent] == list(range(100))
     assert {header.rows for header in sent} == {3}
@@ -153,7 +155,7 @@ def test_an_open_loop_times_from_the_instant_that_was_meant(
         return [scripted.result(header, tensors)]
 
     script.answer = stalled
-    _, latencies_s = client.run()
+    _, (latencies_s, _) = client.run()
     assert (latencies_s > 0.1).all()
 
 
@@ -196,7 +198,7 @@ def test_errors_are_counted_and_not_timed(server: ScriptedServer, script: Script
         return [scripted.result(header, tensors)]
 
     script.answer = some
-    result, latencies_s = client.run()
+    result, (latencies_s, _) = client.run()
     assert result.errors == {"OVERLOADED": 25}
     assert result.answered == len(latencies_s) == 75
 
@@ -296,10 +298,11 @@ def result(answered: int, started_s: float, ended_s: float, **errors: int) -> Re
 
 def test_the_report_is_exact() -> None:
     latencies_s = np.arange(1, 1001) / 1000
+    answers = np.stack([latencies_s, 10 + 4 * latencies_s**2])  # ever fewer in the same time
     report = summarize(
         [
-            (result(400, 10.0, 12.0, OVERLOADED=1), latencies_s[:400]),
-            (result(600, 10.5, 14.0, OVERLOADED=2, MODEL_ERROR=1), latencies_s[400:]),
+            (result(400, 10.0, 12.0, OVERLOADED=1), answers[:, :400]),
+            (result(600, 10.5, 14.0, OVERLOADED=2, MODEL_ERROR=1), answers[:, 400:]),
         ],
         status(1.0, 10, 100, p1=5.0, p2=7.0),
         status(1.5, 20, 350, p1=5.5, p3=0.25),  # worker 2 was replaced by 3
@@ -307,6 +310,7 @@ def test_the_report_is_exact() -> None:
     )
     assert report == {
         "requests_per_s": 250.0,
+        "steady_per_s": 249.5,
         "goodput_per_s": 250.0,
         "p50_ms": 500.5,
         "p90_ms": 900.1,
@@ -321,15 +325,21 @@ def test_the_report_is_exact() -> None:
 
 def test_answers_after_the_timeout_are_no_goodput() -> None:
     latencies_s = np.arange(1, 1001) / 1000
-    results = [(result(1000, 10.0, 14.0), latencies_s)]
+    results = [(result(1000, 10.0, 14.0), np.stack([latencies_s, latencies_s]))]
     report = summarize(results, status(0.0, 0, 0), status(1.0, 1, 9), "m", patience_s=0.5)
     assert (report["requests_per_s"], report["goodput_per_s"]) == (250.0, 125.0)
 
 
 def test_a_report_without_an_answer() -> None:
     report = summarize(
-        [(result(0, 1.0, 2.0, UNAVAILABLE=5), np.empty(0))], status(0.0, 0, 0), status(0.0, 0, 0), "m"
+        [(result(0, 1.0, 2.0, UNAVAILABLE=5), np.empty((2, 0)))], status(0.0, 0, 0), status(0.0, 0, 0), "m"
     )
     assert report["requests_per_s"] == report["goodput_per_s"] == 0
-    assert report["p50_ms"] is report["mean_batch_rows"] is report["client_cpu_us_per_request"] is None
+    assert (
+        report["steady_per_s"]
+        is report["p50_ms"]
+        is report["mean_batch_rows"]
+        is report["client_cpu_us_per_request"]
+        is None
+    )
     assert report["errors"] == {"UNAVAILABLE": 5}

@@ -318,6 +318,7 @@ def test_output_that_nobody_reads_is_no_traceback(server: Server) -> None:
 
 BENCH_KEYS = {
     "requests_per_s",
+    "steady_per_s",
     "goodput_per_s",
     "p50_ms",
     "p90_ms",
@@ -336,6 +337,7 @@ def bench(server: Server, *args: object) -> dict[str, Any]:
     assert report["errors"] == {}
     assert 0 < report["p50_ms"] <= report["p90_ms"] <= report["p99_ms"] <= report["p999_ms"]
     assert report["requests_per_s"] > 0
+    assert report["steady_per_s"] > 0
     assert report["client_cpu_us_per_request"] > 0
     assert report["server_cpu_us_per_request"].keys() == {"front", "workers"}
     return report

@@ -1,5 +1,8 @@
 """Load in a closed loop, by the generator that each protocol has, and what it came to.
 
+A rate is that at which the middle half of the answers came: before, connections are made, and after, some
+clients have nothing left to send.
+
 h2load for HTTP and gRPC (it costs the client least), Triton's perf_analyzer for its shared memory,
 `pool bench` for pool. What they print is read by pure functions.
 """
@@ -92,29 +95,27 @@ def _h2load(door: Door, endpoint: str, row: Array, in_flight: int, seconds: floa
             command += ["-H", f"{name}: {value}"]
         command += ["-N", str(_INACTIVE_S), f"http://{endpoint}{door.path}"]
 
-        def read(out: str, took_s: float | None) -> Load:
-            return read_h2load(out, log.read_text() if log.exists() else "", took_s)
+        def read(out: str) -> Load:
+            return read_h2load(out, log.read_text() if log.exists() else "")
 
         if in_flight < _MANY:
             timed = ["-D", f"{round(seconds * 1000)}ms"]
-            return read(run([*command, *timed], seconds + _GRACE_S), seconds)
+            return read(run([*command, *timed], seconds + _GRACE_S))
         # With many connections h2load may wait for ever when its time is up: it is told a number then.
-        few = read(run([*command, "-n", str(16 * in_flight)], _GRACE_S), None)
+        few = read(run([*command, "-n", str(16 * in_flight)], _GRACE_S))
         log.unlink(missing_ok=True)
         requests = max(16 * in_flight, int(few.requests_per_s * seconds))
-        load = read(run([*command, "-n", str(requests)], seconds + _GRACE_S), None)
+        load = read(run([*command, "-n", str(requests)], seconds + _GRACE_S))
         # What the first ones cost is in the server's account.
         return load._replace(requests=load.requests + few.requests)
 
 
-def read_h2load(output: str, log: str, seconds: float | None) -> Load:
+def read_h2load(output: str, log: str) -> Load:
     """What h2load says, and its log of requests.
 
     Args:
         output: What it printed.
         log: A line a request: start in µs, HTTP status (-1 if it failed), µs until its end.
-        seconds: That were asked for; None to take the time in which half of the answers came, in the middle:
-            before, connections are made, and after, some have nothing left to send.
 
     Raises:
         LoadFailed: it does not look like h2load's.
@@ -129,11 +130,11 @@ def read_h2load(output: str, log: str, seconds: float | None) -> Load:
     if not len(good):
         return Load(bad, 0.0, math.nan, math.nan, failures)
     p50, p99 = np.percentile(good, [50, 99]) / 1e3
-    rate = len(good) / seconds if seconds is not None else _middle_rate(fields)
-    return Load(len(good) + bad, rate, float(p50), float(p99), failures)
+    return Load(len(good) + bad, _steady_per_s(fields), float(p50), float(p99), failures)
 
 
-def _middle_rate(fields: list[list[str]]) -> float:
+def _steady_per_s(fields: list[list[str]]) -> float:
+    """The rate of the middle half of the answers, as `pool bench` has it."""
     ends = np.sort([int(f[0]) + int(f[2]) for f in fields if f[1] == "200"]) / 1e6
     first, last = len(ends) // 4, 3 * len(ends) // 4
     return float((last - first) / (ends[last] - ends[first])) if ends[last] > ends[first] else 0.0
@@ -206,7 +207,8 @@ def read_pool(output: str, requests: int) -> Load:
     except ValueError:
         raise LoadFailed(f"pool bench says: {' '.join(output.split())[-200:]}") from None
     failures = sum(report["errors"].values())
-    return Load(requests, report["requests_per_s"], report["p50_ms"], report["p99_ms"], failures)
+    rate = report["steady_per_s"] or report["requests_per_s"]
+    return Load(requests, rate, report["p50_ms"], report["p99_ms"], failures)
 
 
 def run(command: list[str], timeout_s: float, environment: dict[str, str] | None = None) -> str:

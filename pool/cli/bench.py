@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pool.cli.arguments import add_endpoint, connect, count
-from pool.cli.load_client import Result, Task
+from pool.cli.load_client import Answers, Result, Task
 from pool.cli.output import console, print_json, progress
 from pool.client.sync import Client
 from pool.endpoints import default_endpoint
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         print_json(report)
     else:
         show(report)
-    return 0 if any(len(latencies_s) for _, latencies_s in results) else 1
+    return 0 if any(answers.size for _, answers in results) else 1
 
 
 def share(total: int, parts: int, index: int) -> int:
@@ -143,7 +143,7 @@ def find_recipe(client: Client, model: str, rows: int) -> Recipe:
 
 # -- the client processes --------------------------------------------------------------------------
 
-Results = list[tuple[Result, npt.NDArray[np.float64]]]
+Results = list[tuple[Result, Answers]]
 
 
 class Clients:
@@ -188,9 +188,9 @@ class Clients:
                 pipe.close()
 
     def run(self) -> Results:
-        """Let all run at once; their results, in order, each with its latencies in seconds."""
+        """Let all run at once; their results, in order."""
         done = [0] * len(self._children)
-        results: list[tuple[Result, npt.NDArray[np.float64]] | Exception | None] = [None] * len(done)
+        results: list[tuple[Result, Answers] | Exception | None] = [None] * len(done)
         with progress() as bars:
             bar = bars.add_task("asking", total=sum(task.requests for task in self._tasks), note="")
 
@@ -200,7 +200,7 @@ class Clients:
                         done[i] = line["done"]
                         bars.update(bar, completed=sum(done))
                     result = msgspec.convert(line, Result)
-                    results[i] = result, np.frombuffer(_stdout(child).read(), np.float64)
+                    results[i] = result, np.frombuffer(_stdout(child).read(), np.float64).reshape(2, -1)
                     done[i] = self._tasks[i].requests
                     bars.update(bar, completed=sum(done))
                 except Exception as e:
@@ -265,13 +265,14 @@ def summarize(
     """The report: exact percentiles over all answers, and what the server spent in between.
 
     Args:
-        results: Of each client, with its latencies.
+        results: Of each client.
         before: The server's status when the clients were ready.
         after: The same when they had ended.
         model: Whose batches count.
         patience_s: Timeout of the requests: answers that took longer are no goodput.
     """
-    latencies_ms = np.concatenate([latencies_s for _, latencies_s in results]) * 1000
+    latencies_s, answered_s = np.concatenate([answers for _, answers in results], axis=1)
+    latencies_ms = latencies_s * 1000
     answered = len(latencies_ms)
     in_time = answered if patience_s is None else int((latencies_ms <= patience_s * 1000).sum())
     elapsed_s = max(r.ended_s for r, _ in results) - min(r.started_s for r, _ in results)
@@ -295,6 +296,7 @@ def summarize(
     )
     return {
         "requests_per_s": round(answered / elapsed_s, 1),
+        "steady_per_s": steady_per_s(answered_s),
         "goodput_per_s": round(in_time / elapsed_s, 1),
         **{
             name: round(float(np.percentile(latencies_ms, percent)), 4) if answered else None
@@ -310,6 +312,18 @@ def summarize(
     }
 
 
+def steady_per_s(answered_s: npt.NDArray[np.float64]) -> float | None:
+    """The rate at which the middle half of the answers came: at the beginning and the end less is under way.
+
+    Args:
+        answered_s: When, in any order; shape [answered].
+    """
+    ended = np.sort(answered_s)
+    first, last = len(ended) // 4, 3 * len(ended) // 4
+    took_s = float(ended[last] - ended[first]) if last > first else 0.0
+    return round((last - first) / took_s, 1) if took_s else None
+
+
 def show(report: dict[str, Any]) -> None:
     """Print the report as a table."""
     from rich.table import Table
@@ -320,6 +334,7 @@ def show(report: dict[str, Any]) -> None:
     server = report["server_cpu_us_per_request"]
     table = Table.grid(padding=(0, 2))
     table.add_row("throughput", f"{report['requests_per_s']:,.0f} requests/s")
+    table.add_row("  of the middle half", shown(report["steady_per_s"], "requests/s"))
     if report["goodput_per_s"] != report["requests_per_s"]:
         table.add_row("answered in time", f"{report['goodput_per_s']:,.0f} requests/s")
     for name, percent in PERCENTILES.items():

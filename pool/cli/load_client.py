@@ -4,8 +4,8 @@
 
 It reads a `Task` as a line of JSON, connects, has one request answered, prints `{"is_ready": true}`, and
 waits for another line. Then it runs, printing `{"done": n}` now and then, and ends with the line of a
-`Result` followed by its latencies: float64 seconds, one per answered request, in native order. A failure
-before that is the line `{"code": ..., "message": ...}`.
+`Result` followed by its `Answers`: two float64 per answered request, in native order, first all latencies. A
+failure before that is the line `{"code": ..., "message": ...}`.
 
 The work per request is a client's own, done by the same core as `pool.Client`: a header is made, the answer
 decoded into arrays. Only the inputs are checked and encoded once, beforehand: they repeat.
@@ -35,6 +35,10 @@ from pool.sample import Recipe, sample_inputs
 from pool.signature import Signature
 
 Inputs = dict[str, npt.NDArray[Any]]
+
+# Of each answered request, in the order of the answers: latency and instant of its answer on the system-wide
+# monotonic clock, in seconds; shape [2, answered].
+Answers = npt.NDArray[np.float64]
 
 VARIANTS = 16  # different inputs a client makes up, sent in turn
 FILE_VARIANTS = 256  # different inputs it cuts from a file at most
@@ -84,7 +88,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """What one client process saw.
 
     Attributes:
-        answered: Requests that succeeded, each with a latency.
+        answered: Requests that succeeded.
         errors: Those that did not, by code.
         started_s: Instant of the first request, on the system-wide monotonic clock.
         ended_s: Instant of the last answer.
@@ -166,6 +170,7 @@ class LoadClient:
         # Of each input: its message before the request's id and after its timeout, and its tensors.
         self._messages: list[tuple[bytes, bytes, list[Frame]]] = []
         self._latencies_s: list[float] = []
+        self._answered_s: list[float] = []
         self._errors: dict[str, int] = {}
         self._done = 0
         self._next_tell_s = 0.0
@@ -210,12 +215,12 @@ class LoadClient:
 
     # -- during ------------------------------------------------------------------------------------
 
-    def run(self) -> tuple[Result, npt.NDArray[np.float64]]:
+    def run(self) -> tuple[Result, Answers]:
         """Send everything and take every answer; what has none after `timeout_s` of silence is an error.
 
         Returns:
-            The result, and the latency of each success in seconds, shape [answered]: from the instant a
-            request was sent, or with a rate from the instant it was to be sent.
+            The result, and the successes. A latency counts from the instant a request was sent, or with a
+            rate from the instant it was to be sent.
         """
         gc.collect()
         gc.disable()  # nothing here makes cycles, and a collection would be measured as latency
@@ -232,7 +237,7 @@ class LoadClient:
             ended_s=ended_s,
             cpu_s=time.process_time() - cpu_s,
         )
-        return result, np.array(self._latencies_s, np.float64)
+        return result, np.array([self._latencies_s, self._answered_s], np.float64)
 
     def _converse(self, started_s: float) -> str:
         """Send what is due while the window has room, take what has come, wait for either.
@@ -287,7 +292,7 @@ class LoadClient:
     def _take(self, begun_s: list[float]) -> int:
         """Take answers that have come, `BURST` at most; the number taken. A request's id is its place."""
         receive, decode, clock = self._connection.receive, self._core.receive_all, time.monotonic
-        latencies_s = self._latencies_s
+        latencies_s, answered_s = self._latencies_s, self._answered_s
         count = 0
         try:
             while count < BURST:
@@ -297,6 +302,7 @@ class LoadClient:
                 for reply in replies:
                     if reply.outputs is not None:
                         latencies_s.append(now - begun_s[reply.id])
+                        answered_s.append(now)
                     else:
                         assert reply.error is not None
                         code = reply.error.code
@@ -339,9 +345,9 @@ def _obey(client: LoadClient) -> int:
     tell({"is_ready": True})
     if not sys.stdin.buffer.readline():
         return 0  # the parent gave up
-    result, latencies_s = client.run()
+    result, answers = client.run()
     tell(msgspec.to_builtins(result))
-    sys.stdout.buffer.write(latencies_s.tobytes())
+    sys.stdout.buffer.write(answers.tobytes())
     sys.stdout.buffer.flush()
     return 0
 
