@@ -356,6 +356,26 @@ class BatcherMachine(RuleBasedStateMachine):
             self.requeued = [each for each in self.requeued if each is not slot] + [slot]
 
     @rule()
+    def give_up(self):
+        waiting = self.waiting()
+        given_up = self.batcher.give_up(self.now)
+        held = [each.ticket for slot in waiting for each in self.mirrors[slot].placed]
+        assert all(any(ticket is each for each in held) for ticket in given_up), "it does not wait"
+        self.answer(given_up)
+        gone = {slot for slot in waiting if not self.mirrors[slot].has_live_tickets}
+        assert given_up == [
+            each.ticket
+            for slot in waiting
+            if slot in gone
+            for each in self.mirrors[slot].placed
+            if id(each.ticket) in set(map(id, given_up))
+        ]
+        assert not gone or len(gone) < len(waiting), "nothing is left to spend the time on"
+        assert not gone & set(self.requeued), "what ran before is not refused"
+        assert all(ticket.deadline < inf for ticket in given_up)
+        self.drop_settled()
+
+    @rule()
     def give_up_the_overdue(self):
         due = {
             slot
@@ -835,6 +855,32 @@ def test_the_wait_is_for_the_worker_that_is_free_first():
     for done_at in (14.0, 15.0, 16.0, 17.0):
         assert batcher.expected_s == done_at - 11.0
         place(batcher, rows=4, now=11.0)
+
+
+def test_a_batch_that_would_be_done_too_late_leaves_its_turn_to_the_next():
+    batcher = busy_batcher(workers=1)
+    hopeless = [place(batcher, rows=2, now=10.0, deadline=13.9).ticket for _ in range(2)]
+    hopeful = place(batcher, rows=4, now=10.0, deadline=14.1)
+    assert batcher.give_up(10.0) == hopeless
+    assert all(ticket.is_settled for ticket in hopeless)
+    assert batcher.dispatch(10.0) == [(hopeful.slot, 0)]
+
+
+def test_it_takes_its_turn_if_one_of_its_rows_may_come_in_time():
+    batcher = busy_batcher(workers=1)
+    place(batcher, rows=3, now=10.0, deadline=13.9)
+    place(batcher, rows=1, now=10.0, deadline=14.1)
+    place(batcher, rows=4, now=10.0, deadline=20.0)
+    assert batcher.give_up(10.0) == []
+
+
+def test_or_if_no_other_waits():
+    batcher = busy_batcher(workers=1)
+    for _ in range(2):
+        place(batcher, rows=4, now=10.0, deadline=13.9)
+    assert len(batcher.give_up(10.0)) == 1
+    assert batcher.give_up(10.0) == []
+    assert len(batcher.dispatch(10.0)) == 1
 
 
 # -- running again ------------------------------------------------------------------------------------

@@ -81,11 +81,13 @@ def test_what_ran_twice_teaches_nothing():
     assert wait_s(forecast) == 0.0
 
 
-@pytest.mark.parametrize("patience_s", [0.16, 0.25, 0.4])
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_under_overload_few_of_those_admitted_are_late_and_workers_stay_busy(patience_s, workers):
-    """Ten times what can be done, batches of 64 that take 56 to 72 ms; time in steps of a millisecond."""
-    chance = random.Random(1)
+def overload(patience_s, workers, factor, is_given_up=True, seed=1):
+    """Ten times what can be done, batches of 64 that take 64 ms and more, by a factor; time in milliseconds.
+
+    Returns:
+        Rows answered in time, and too late, in eight seconds.
+    """
+    chance = random.Random(seed)
     batcher = Batcher(16)
     account = Account()
     running = [deque() for _ in range(workers)]  # when it is done, and with what
@@ -110,9 +112,36 @@ def test_under_overload_few_of_those_admitted_are_late_and_workers_stay_busy(pat
             if slot is not None:
                 ticket = Ticket(None, None, 0, None, 1, now + patience_s, now, 4, account)
                 batcher.commit(slot, ticket, now)
+        if is_given_up:
+            batcher.give_up(now)
         for slot, worker in batcher.dispatch(now):
-            took_s = (0.032 + len(slot.tickets) * 0.0005) * chance.uniform(0.875, 1.125)
+            took_s = (0.032 + len(slot.tickets) * 0.0005) * factor(chance)
             began = running[worker][-1][0] if running[worker] else now
             running[worker].append((began + took_s, slot))
+    return in_time, late
+
+
+def possible(workers):
+    """Rows of full batches one after the other in eight seconds."""
+    return workers * 8.0 * 64 / 0.0645
+
+
+@pytest.mark.parametrize("patience_s", [0.16, 0.25, 0.4])
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_under_overload_few_of_those_admitted_are_late_and_workers_stay_busy(patience_s, workers):
+    in_time, late = overload(patience_s, workers, lambda chance: chance.uniform(0.875, 1.125))
     assert late < 0.02 * in_time
-    assert in_time > 0.95 * workers * 8.0 * 64 / 0.0645  # of what full batches one after the other would do
+    assert in_time > 0.95 * possible(workers)
+
+
+def test_where_some_batches_take_twice_as_long_to_give_up_what_would_be_late_saves_others():
+    def factor(chance):
+        return chance.uniform(0.95, 1.05) * (2 if chance.random() < 0.05 else 1)
+
+    seeds = range(3)
+    with_, without = (
+        [sum(figures) for figures in zip(*(overload(0.3, 1, factor, how, n) for n in seeds), strict=True)]
+        for how in (True, False)
+    )
+    assert with_[0] > 1.02 * without[0]
+    assert with_[1] < 0.7 * without[1]

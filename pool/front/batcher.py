@@ -8,6 +8,7 @@ Contract. The shell (the engine) calls, in this order, for each request:
 
 and after any event that may let work start (rows committed, a worker became ready, the timer):
 
+    for ticket in batcher.give_up(now): …refuse it: its answer would come too late…
     for slot, worker in batcher.dispatch(now): …ring that worker's doorbell…
 
 A worker has at most two batches: the one it runs and the one *ahead*, which it begins as it ends the first,
@@ -155,6 +156,28 @@ class Batcher:
         elif worker in self._ready:
             self._ready.remove(worker)
             self.expect(self._now)
+
+    def give_up(self, now: float) -> list[Ticket]:
+        """Settle and give the tickets of a batch whose turn it is, but which would be done too late for all.
+
+        A worker's time is then better spent on what waits behind it. Where nothing does, it runs all the
+        same: it may be done sooner than expected.
+        """
+        given_up: list[Ticket] = []
+        while self._queued > 1 and (self._ready or self._without_ahead):
+            slot = self._next_batch(now)
+            if slot is None or slot.runs:
+                break
+            ahead = 0 if self._ready else len(self._ahead)
+            done_at = self._forecast.done_at(ahead, len(self._ready), self._running.values(), now)
+            live = [ticket for ticket in slot.tickets if not ticket.is_settled]
+            if slot.earliest_deadline >= done_at or max(ticket.deadline for ticket in live) >= done_at:
+                break
+            for ticket in live:
+                ticket.is_settled = True
+            given_up += live
+            self._drop_if_settled(slot)
+        return given_up
 
     def dispatch(self, now: float) -> list[tuple[Slot, int]]:
         """Give batches to workers, first to ready ones; the slots returned are theirs from now on."""

@@ -234,6 +234,13 @@ class Generation:
             f"the same request came before, and {how}; it is refused for another {remaining_s:.0f} s"
         )
 
+    def given_up(self, ticket: Ticket, now: float) -> Overloaded:
+        """The refusal of a request that was admitted, and waited longer than was to be expected."""
+        return self._overloaded(
+            f"model {self.model!r} would answer too late: the request waits for another "
+            f"{(ticket.deadline - now) * 1e3:.0f} ms, and its batch would take longer"
+        )
+
     def full(self, ticket: Ticket) -> Overloaded:
         """The refusal of a request that finds no room in the arena."""
         route: Route = ticket.route

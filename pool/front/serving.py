@@ -116,6 +116,8 @@ class Serving:
 
     def _dispatch(self, now: float) -> None:
         while True:
+            for ticket in self._batcher.give_up(now):
+                ticket.sink.send_error(ticket, self.generation.given_up(ticket, now))
             for slot, id_ in self._batcher.dispatch(now):
                 if slot.has_ballast:  # expired rows never start
                     live = [ticket for ticket in slot.tickets if not ticket.is_settled]
