@@ -45,6 +45,10 @@ log = Log("pool.endpoint")
 # Messages a turn of the loop. 256 take about 1 ms: the most a worker's answer waits for the front.
 _DRAIN_MAX = 256
 
+# How many times a drain looks whether there is a message before it takes one. To be told by an exception that
+# there is none costs 5 µs, to look 1: most drains find one message or none, and the others many.
+_LOOKS = 2
+
 # Messages waiting for one client, however small. One that does not read loses its replies beyond these.
 _SEND_HIGH_WATER = 20_000
 
@@ -214,6 +218,7 @@ class Endpoint:
         router = self._router
         recv, recv_into, get = router.recv, router.recv_into, router.get
         more, noblock, unpack, fixed = zmq.RCVMORE, _NOBLOCK, HEAD.unpack_from, FIXED_BYTES
+        events, readable = zmq.EVENTS, int(zmq.POLLIN)
         routes, numbered, priorities, monotonic = (
             self._admission.routes,
             self._clients.numbered,
@@ -226,8 +231,11 @@ class Endpoint:
         turn = self._engine.turn
         now = turn.started = turn.ended = monotonic()
         budget = _DRAIN_MAX
+        few = budget - _LOOKS
         try:
             while budget > 0:
+                if budget > few and not int(get(events)) & readable:
+                    break
                 budget -= 1
                 try:
                     identity = recv(noblock)

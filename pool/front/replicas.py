@@ -163,22 +163,23 @@ class Replicas:
     def _restart(self, worker: Worker) -> None:
         worker.starting = self._spawn(self._start(worker))
 
-    def _hear(self, worker: Worker, bell: socket.socket) -> None:
-        while True:
-            try:
-                message = doorbell.answer(bell)
-            except BlockingIOError:
-                return
-            if message is None:  # both ends are closed: `_await_end` has seen it gone
-                self._loop.remove_reader(bell.fileno())
-                return
-            if message.kind == Ring.READY:
-                self._is_ready(worker)
-            elif message.kind == Ring.LOAD_ERROR:
-                worker.last_error = message.text
-                worker.failures = CRASH_LOOP_LIMIT  # loading again would fail again
-            else:
-                self._listener.worker_answered(worker, message)
+    def _hear(self, worker: Worker, bell: socket.socket) -> bool:
+        """Take one message; gives whether there may be more, which the loop will tell as well."""
+        try:
+            message = doorbell.answer(bell)
+        except BlockingIOError:
+            return False
+        if message is None:  # both ends are closed: `_await_end` has seen it gone
+            self._loop.remove_reader(bell.fileno())
+            return False
+        if message.kind == Ring.READY:
+            self._is_ready(worker)
+        elif message.kind == Ring.LOAD_ERROR:
+            worker.last_error = message.text
+            worker.failures = CRASH_LOOP_LIMIT  # loading again would fail again
+        else:
+            self._listener.worker_answered(worker, message)
+        return True
 
     def _is_ready(self, worker: Worker) -> None:
         worker.ready_s = time.monotonic() - worker.started_at
@@ -219,7 +220,8 @@ class Replicas:
     async def _await_end(self, worker: Worker, child: Child) -> None:
         code = await child.ended
         if worker.bell is not None:
-            self._hear(worker, worker.bell)  # what it rang before it died counts
+            while self._hear(worker, worker.bell):  # what it rang before it died counts
+                pass
             self._loop.remove_reader(worker.bell.fileno())
         self._after_end(worker, child, *worker.ended(code))
 
