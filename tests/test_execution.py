@@ -592,7 +592,7 @@ def test_a_deadline_passes_while_it_waits():
 def test_what_would_be_too_late_is_refused_at_the_door():
     def act(house):
         for rig in house.rigs.values():
-            rig.batcher.expect = lambda _now, batcher=rig.batcher: setattr(batcher, "expected_s", 1.0)
+            rig.batcher.expect = lambda _now, batcher=rig.batcher: setattr(batcher, "_expected_s", 1.0)
         now = house.pipelines.clock()
         with pytest.raises(Overloaded, match="pipeline 'back' would answer in about 2000 ms; the request"):
             house.ask(1, "back", rows(1), deadline=now + 1.5)

@@ -17,11 +17,11 @@ import time
 from collections.abc import Callable
 
 
-class Event(enum.Enum):
+class Event(enum.IntEnum):
     """What may be waited for."""
 
-    REQUEST = "request"
-    ANSWER = "answer"
+    REQUEST = 0
+    ANSWER = 1
 
 
 class Awake:
@@ -42,8 +42,8 @@ class Awake:
         self._loop = loop
         self.awake_s = awake_s
         self._clock = clock
-        self._waits_since: dict[Event, float | None] = dict.fromkeys(Event)
-        self._pays = dict.fromkeys(Event, False)
+        self._waits_since: list[float | None] = [None] * len(Event)
+        self._pays = [False] * len(Event)
         self._until = 0.0
         self._is_turning = False
 

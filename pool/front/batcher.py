@@ -57,10 +57,6 @@ class Batcher:
             first.
         timeout_s: Longest run of a batch.
 
-    Attributes:
-        expected_s: How long at most a row placed at the last event is likely to wait for its answer, as
-            batches so far tell; 0 while a worker is idle, for then it runs and tells more. `expect` brings
-            it up to date.
     """
 
     def __init__(
@@ -70,9 +66,9 @@ class Batcher:
         self.max_queue_delay_s = max_queue_delay_s
         self.ageing_s = ageing_s
         self.timeout_s = timeout_s
-        self.expected_s = 0.0
         self._forecast = Forecast()
         self._now = 0.0  # the last that was passed in
+        self._expected_s: float | None = None  # not known since the last event
         # Last in, first out for both: the slot and the worker used last are the ones still in cache.
         self._free = list(reversed(self.slots))
         self._ready: list[int] = []
@@ -278,15 +274,27 @@ class Batcher:
         self._free.append(slot)
 
     def expect(self, now: float) -> None:
-        """Predict anew how long a row placed now will wait for its answer."""
+        """Have `expected_s` tell from now on how long a row placed now is likely to wait."""
         self._now = now
+        self._expected_s = None
+
+    @property
+    def expected_s(self) -> float:
+        """How long at most a row placed at the last event is likely to wait for its answer, as batches tell.
+
+        0 while a worker is idle, for then it runs and tells more.
+        """
+        if self._expected_s is None:
+            self._expected_s = self._expect()
+        return self._expected_s
+
+    def _expect(self) -> float:
         if self._ready and not self._queued:
-            self.expected_s = 0.0
-            return
+            return 0.0
         # A slot that has room takes the row itself. With several, it may be none of them that does.
         ahead = self._queued + len(self._ahead) - (len(self._open) == 1 and self._queued > 0)
-        done_at = self._forecast.done_at(ahead, len(self._ready), self._running.values(), now)
-        self.expected_s = done_at - now + self._forecast.margin_s
+        done_at = self._forecast.done_at(ahead, len(self._ready), self._running.values(), self._now)
+        return done_at - self._now + self._forecast.margin_s
 
     # -- taking back --------------------------------------------------------------------------------
 
