@@ -201,6 +201,25 @@ def test_a_return_that_is_not_what_was_declared(tmp_path, value, message):
         load(tmp_path / "glue.py", "echo")
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        r"[b'a\0', b'\0\0', '']",
+        r"['a\0', '\0\0', b'']",
+        r"(b'a\0', np.bytes_(b'\0\0'), np.str_(''))",
+        r"np.array([b'a\0', b'\0\0', b''], object)",
+    ],
+)
+def test_strings_keep_the_zero_bytes_that_they_end_in(tmp_path, value):
+    text = f"""
+        @model(inputs={{"x": "float32 [any, 2]"}}, outputs={{"s": "string [any]"}})
+        def echo(x):
+            return {value}
+        """
+    (strings,) = loaded(tmp_path, text).bind("serving_default", [np.ones((3, 2), np.float32)])()
+    assert strings.tolist() == [b"a\0", b"\0\0", b""]
+
+
 def load(file, function):
     fd = weights_memory.create()
     try:

@@ -206,8 +206,10 @@ class _PythonModel:
         return [self._output(spec, got[spec.name], rows) for spec in specs]
 
     def _output(self, spec: TensorSpec, value: Any, rows: int | None) -> Array:
+        # Numpy's own strings lose the zero bytes that they end in.
+        kind = object if spec.dtype == "string" and not isinstance(value, np.ndarray) else None
         try:
-            array = np.asarray(value)
+            array = np.asarray(value, kind)
         except ValueError as e:  # lists of unequal lengths
             raise BrokenPromise(f"{self._name}: output {spec.name!r}: must be an array, got {e}") from None
         wanted = numpy_dtype(spec.dtype)
