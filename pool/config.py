@@ -272,12 +272,20 @@ def read_config(path: str | os.PathLike[str]) -> Config:
 
 def _resolved(folder: Path, model: ModelConfig) -> str:
     path, function = model.file
-    return str((folder / Path(path).expanduser()).resolve()) + function
+    # Which is, unlike Path.resolve, content with links in a circle: they are told of later.
+    return os.path.realpath(folder / _expanded(path)) + function
 
 
 def _absolute(folder: Path, path: str | None) -> str | None:
     """Symbolic links stay: what they point to may be exchanged while the server runs."""
-    return None if path is None else os.path.abspath(folder / Path(path).expanduser())
+    return None if path is None else os.path.abspath(folder / _expanded(path))
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # there is no such user: nor will there be such a file
+        return Path(path)
 
 
 def decode_config(document: dict[str, Any], file: str) -> Config:

@@ -7,6 +7,7 @@ the paths, keys, groups and cores that a configuration names.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +48,9 @@ def server_mistakes(server: ServerConfig) -> Iterator[Mistake]:
         for i, endpoint in enumerate(server.endpoints):
             if endpoint.startswith("tcp://") and not is_loopback(endpoint):
                 yield Mistake(f"server.endpoints[{i}]", f"must be on loopback, {SECURED}", endpoint)
+    for name in ("curve_secret_key", "authorized_keys"):
+        if "\0" in (getattr(server, name) or ""):
+            yield Mistake(f"server.{name}", "must not hold a zero byte", getattr(server, name))
     if (server.curve_secret_key is None) != (server.authorized_keys is None):
         given, wanted = "curve_secret_key", "authorized_keys"
         if server.curve_secret_key is None:
@@ -67,6 +71,8 @@ def model_mistakes(key: str, model: ModelConfig) -> Iterator[Mistake]:
     elif sizes and sizes[-1] != model.max_batch_size:
         rule = f"must end with max_batch_size ({model.max_batch_size})"
         yield Mistake(f"{key}.allowed_batch_sizes", rule, sizes)
+    if "\0" in model.path:
+        yield Mistake(f"{key}.path", "must not hold a zero byte", model.path)
     if model.backend == "python":
         yield from _function_mistakes(key, model)
     if model.slots is not None and model.slots < model.workers:
@@ -102,13 +108,25 @@ def machine_mistakes(config: Config, cores: set[int]) -> Iterator[Mistake]:
     """What the configuration names and this machine, whose cores are given, does not have."""
     yield from _access_mistakes(config.server)
     for name, model in config.models.items():
-        if not Path(model.file[0]).exists():
-            yield Mistake(f"models.{name}.path", "must exist", model.path)
+        absence = _absence(model.file[0])
+        if absence is not None:
+            yield Mistake(f"models.{name}.path", f"must exist{absence}", model.path)
         for i, device in enumerate(model.devices):
             absent = sorted(set(parse_device(device)[0]) - cores)
             if absent:
                 rule = f"must name cores of this machine ({ranges(cores)}), not {ranges(set(absent))}"
                 yield Mistake(f"models.{name}.devices[{i}]", rule, device)
+
+
+def _absence(path: str) -> str | None:
+    """None if a path is there; else why not, where that says more than that it is not."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as e:  # such as of a folder that this user may not enter
+        return f" and be within reach ({e.strerror})"
+    return None
 
 
 def _access_mistakes(server: ServerConfig) -> Iterator[Mistake]:

@@ -325,6 +325,43 @@ def test_a_path_that_is_not_there(tmp_path: Path) -> None:
     assert file_mistakes(file) == [f'models.m.path: must exist, got "{tmp_path / "m"}"']
 
 
+@pytest.mark.parametrize(
+    ("path", "got", "why"),
+    [
+        ("x" * 300, "{folder}/" + "x" * 300, " and be within reach (File name too long)"),
+        ("circle", "{folder}/circle", " and be within reach (Too many levels of symbolic links)"),
+        ("file/m", "{folder}/file/m", ""),
+        ("~nobody-of-this-name/m", "{folder}/~nobody-of-this-name/m", ""),
+    ],
+)
+def test_a_path_that_cannot_be_looked_at(tmp_path: Path, path: str, got: str, why: str) -> None:
+    """Told as any mistake: what a server that is to reload its file must not be ended by."""
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "file").write_text("")
+    file = write(tmp_path, f'[models.m]\npath = "{path}"\n')
+    (found,) = file_mistakes(file)
+    shown = got.format(folder=tmp_path)
+    assert found.startswith(f'models.m.path: must exist{why}, got "{shown}'[:100])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is closed to root")
+def test_a_path_in_a_folder_that_is_closed(tmp_path: Path) -> None:
+    (tmp_path / "closed" / "m").mkdir(parents=True)
+    (tmp_path / "closed").chmod(0)
+    file = write(tmp_path, '[models.m]\npath = "closed/m"\n')
+    (found,) = file_mistakes(file)
+    assert found.startswith("models.m.path: must exist and be within reach (Permission denied), got ")
+
+
+def test_a_zero_byte_is_in_no_path() -> None:
+    shown = 'must not hold a zero byte, got "a\\u0000b"'
+    assert mistakes('[models.m]\npath = "a\\u0000b"\n') == [f"f.toml: models.m.path: {shown}"]
+    keys = 'curve_secret_key = "a\\u0000b"\nauthorized_keys = "a\\u0000b"'
+    assert mistakes(f'[server]\n{keys}\n[models.m]\npath = "p"\n') == [
+        f"f.toml: server.{name}: {shown}" for name in ("curve_secret_key", "authorized_keys")
+    ]
+
+
 def test_cores_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     file = write(tmp_path, '[models.m]\npath = "m"\ndevices = ["cpu:4090,4094-4095"]\n')
