@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -16,6 +17,12 @@ import pytest
 from pool import Client, ModelNotFound
 from pool.__main__ import main
 from pool.backends import drill
+from pool.config import Config
+from pool.front import reloading
+from pool.front.engine import Engine
+from pool.front.reloading import Reloads
+
+PATIENCE_S = 40.0
 
 HEAD = '[server]\nendpoints = ["ipc://{folder}/pool.sock"]\n'
 MODEL = '[models.{name}]\nbackend = "drill"\npath = "{folder}/{name}"\n'
@@ -217,3 +224,29 @@ def test_a_file_that_is_wrong_changes_nothing(site, capsys, models, server, code
     assert site.client.status()["front"]["config"] == before
     assert [worker["pid"] for worker in site.model()["workers"]] == pids
     site.go_on()
+
+
+def test_a_reload_that_fails_as_nobody_foresaw_is_not_the_last(tmp_path, monkeypatch):
+    """The manager hears that it is over, whoever asked is told, and the next one is begun."""
+
+    def fail(_):
+        raise ZeroDivisionError("of the reader")
+
+    async def main():
+        told = []
+        engine = Engine(Config(models={}))
+        reloads = Reloads(engine, str(tmp_path / "none.toml"), told.append)
+        with monkeypatch.context() as broken:
+            broken.setattr(reloading, "load_config", fail)
+            reloads.ask()
+            while reloads.is_reloading:
+                await asyncio.sleep(0.001)
+        assert reloads.error == "ZeroDivisionError: of the reader"
+        reloads.ask()
+        while reloads.is_reloading:
+            await asyncio.sleep(0.001)
+        assert "none.toml: file: must be readable" in reloads.error
+        assert (reloads.count, told) == (2, [True, False, True, False])
+        await engine.stop()
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))

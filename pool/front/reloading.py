@@ -116,6 +116,9 @@ class Reloads:
             except PoolError as e:
                 self.changes, self.error = [], e.message
                 log.error("reload refused, nothing was changed", reason=e.message)
+            except Exception as e:  # nobody foresaw it; whoever asks again is to be heard
+                self.changes, self.error = [], f"{type(e).__name__}: {e}"
+                log.defect("cannot reload")
             else:
                 self.error = ""
                 logs.apply(config.server.log_level, config.server.access_log)
