@@ -201,6 +201,14 @@ def test_what_configurations_name_is_shown_to_their_services(tmp_path, capsys):
     assert f"passed over {config.parent / 'broken.toml'}: " in out
     assert install(tmp_path) == 0
     assert "wrote" not in capsys.readouterr().out
+    # One that is half written: its service is shown what it was.
+    before = (tmp_path / CONFIGURATION).read_text()
+    config.write_text("[models.a]\n")
+    assert install(tmp_path) == 0
+    out = capsys.readouterr().out
+    assert f"passed over {config}: " in out
+    assert "removed" not in out
+    assert (tmp_path / CONFIGURATION).read_text() == before
     config.write_text('[models.c]\npath = "/srv/c"\n')
     assert install(tmp_path) == 0
     assert not (tmp_path / CONFIGURATION).exists()

@@ -82,14 +82,14 @@ def run(args: argparse.Namespace) -> int:
     folder = args.root / args.prefix.lstrip("/")
     files = FILES | GPU_FILES if args.gpu else FILES
     texts = {folder / place: sealed(_template(name), command) for name, place in files.items()}
-    shown = {folder / _SHOWN: installation_drop_in(words)}
+    shown: dict[Path, str | None] = {folder / _SHOWN: installation_drop_in(words)}
     for file in sorted((args.root / "etc/pool").glob("*.toml")):
         seen_as = f"/{file.relative_to(args.root)}"
         shown[folder / _SHOWN_TO_ONE.format(file.stem)] = configuration_drop_in(file, seen_as)
     texts |= {path: sealed(text) for path, text in shown.items() if text}
     # What was shown once and need not be any more.
     dead = [folder / _SHOWN, *folder.glob(_SHOWN_TO_ONE.format("*"))]
-    dead = [path for path in dead if path not in texts and path.exists() and is_ours(_content(path))]
+    dead = [path for path in dead if shown.get(path, "") == "" and path.exists() and is_ours(_content(path))]
     stale = [path for path, text in texts.items() if _content(path) != text]
     changed = [str(path) for path in stale if not is_ours(_content(path))]
     if changed and not args.force:
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         if path in stale:
             _write(path, text)
         print(f"{'wrote' if path in stale else 'unchanged'} {path}")
-        for line in shown.get(path, "").splitlines():
+        for line in (shown.get(path) or "").splitlines():
             if not line.startswith(("#", "[")):
                 print(f"    {line}")
     for path in dead:
@@ -146,10 +146,11 @@ def installation_drop_in(words: list[str]) -> str:
     )
 
 
-def configuration_drop_in(file: Path, seen_as: str) -> str:
+def configuration_drop_in(file: Path, seen_as: str) -> str | None:
     """What shows one service the models and keys of its configuration file; empty if it sees them anyhow.
 
-    A file with mistakes is passed over, and said so: it may be half written.
+    A file with mistakes is passed over, and said so: it may be half written. None then: what the service was
+    shown before, it may need again.
 
     Args:
         file: Where it is now.
@@ -159,7 +160,7 @@ def configuration_drop_in(file: Path, seen_as: str) -> str:
         config = read_config(file)
     except ConfigError as e:
         print(f"passed over {e.message.splitlines()[0]}")
-        return ""
+        return None
     paths = [path for path in visibility.configuration_paths(config, seen_as) if visibility.is_hidden(path)]
     for path in filter(visibility.is_closed, paths):
         print(f"warning: {path}: the user that servers run as may not read it")
