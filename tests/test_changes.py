@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from pool.config import Config, ModelConfig, ServerConfig
-from pool.front.changes import _MODEL_IN_PLACE, _SERVER_IN_PLACE, Cost, compare
+from pool.front.changes import _MODEL_IN_PLACE, _SERVER_IN_PLACE, Cost, compare, of_model
 from pool.pipelines import PipelineConfig, StepConfig
 
 NOW = Config(models={"m": ModelConfig(path="/m", workers=2), "other": ModelConfig(path="/o")})
@@ -50,6 +50,19 @@ def test_workers_that_move_are_new_ones():
 def test_models_come_and_go():
     then = Config(models={"new": ModelConfig(path="/n"), "m": NOW.models["m"]})
     assert costs(then) == [("models.new", Cost.ADD), ("models.other", Cost.REMOVE)]
+
+
+def test_a_name_that_begins_like_another_is_of_another_model():
+    """Or what is added beside a model would have that loaded again."""
+    now = Config(models={name: ModelConfig(path=f"/{name}") for name in ("m", "m.v2", "m.v4")})
+    paths = {"m": "/m", "m.v2": "/new", "m.v3": "/v3", "m.workers": "/w"}
+    then = Config(models={name: ModelConfig(path=path) for name, path in paths.items()})
+    changes = compare(now, then, {}, {}, {"m.v2"})
+    assert of_model(changes, "m") == []
+    assert [change.cost for change in of_model(changes, "m.v2")] == [Cost.GENERATION]
+    assert [change.cost for change in of_model(changes, "m.v3")] == [Cost.ADD]
+    assert [change.cost for change in of_model(changes, "m.v4")] == [Cost.REMOVE]
+    assert len(changes) == 4
 
 
 def test_pipelines_come_change_and_go():

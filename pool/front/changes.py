@@ -33,12 +33,14 @@ class Change(NamedTuple):
         before: Its value now; None of a model that is added.
         after: Its value then; None of a model that is removed.
         cost: What it takes.
+        model: Whose, by name, which the key alone does not tell: names have dots. Empty for what is of none.
     """
 
     key: str
     before: Any
     after: Any
     cost: Cost
+    model: str = ""
 
     def __str__(self) -> str:
         if self.cost in (Cost.ADD, Cost.ADD_PIPELINE):
@@ -105,15 +107,15 @@ def compare(
         if name in now.models:
             mine = _compare_model(name, now.models[name], model, slots.get(name, 0))
             if name in versions and not any(c.key.endswith((".path", ".version")) for c in mine):
-                mine.append(Change(f"models.{name}.version", *versions[name], Cost.GENERATION))
+                mine.append(Change(f"models.{name}.version", *versions[name], Cost.GENERATION, name))
             if name in failed and not mine:
-                mine.append(Change(f"models.{name}", model, model, Cost.AGAIN))
+                mine.append(Change(f"models.{name}", model, model, Cost.AGAIN, name))
             changes += mine
         else:
-            changes.append(Change(f"models.{name}", None, model, Cost.ADD))
+            changes.append(Change(f"models.{name}", None, model, Cost.ADD, name))
     for name, model in now.models.items():
         if name not in then.models:
-            changes.append(Change(f"models.{name}", model, None, Cost.REMOVE))
+            changes.append(Change(f"models.{name}", model, None, Cost.REMOVE, name))
     return changes + _compare_pipelines(now.pipelines, then.pipelines)
 
 
@@ -144,14 +146,13 @@ def _compare_model(name: str, now: ModelConfig, then: ModelConfig, slots: int) -
         # An arena holds a running and a waiting batch for each worker, one that fills, one being answered.
         if key == "workers" and now.devices == then.devices and slots >= 2 * then.workers + 2:
             cost = Cost.WORKERS
-        changes.append(Change(f"models.{name}.{key}", before, after, cost))
+        changes.append(Change(f"models.{name}.{key}", before, after, cost, name))
     return changes
 
 
 def of_model(changes: list[Change], name: str) -> list[Change]:
     """Those of one model."""
-    key = f"models.{name}"
-    return [change for change in changes if change.key == key or change.key.startswith(f"{key}.")]
+    return [change for change in changes if change.model == name]
 
 
 def _shown(value: Any) -> str:
