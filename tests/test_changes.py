@@ -83,6 +83,21 @@ def test_pipelines_come_change_and_go():
     assert compare(then, then, {}, {}) == []
 
 
+def test_steps_that_do_something_else_are_told_apart():
+    a = StepConfig(model="m", inputs={"x": "request.x"})
+    b = StepConfig(model="other", name="b", inputs={"x": "m.y"})
+    more = {"inputs": {"x": "m.y", "z": "request.z"}, "signature": "s"}
+    now, then = (
+        msgspec.structs.replace(NOW, pipelines={"p": PipelineConfig(steps=steps)})
+        for steps in ((a, b), (a, msgspec.structs.replace(b, **more)))
+    )
+    (change,) = compare(now, then, {}, {})
+    assert str(change) == (
+        "pipelines.p.steps[1]: other(x = m.y) -> other(x = m.y, z = request.z), signature s: "
+        + Cost.REWIRE.value
+    )
+
+
 def test_a_newer_version_is_a_change_of_a_file_that_has_none():
     assert costs(NOW, versions={"m": (1, 2)}) == [("models.m.version", Cost.GENERATION)]
     (change,) = compare(NOW, NOW, {}, {"m": (1, 2)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pool.config import Config, ModelConfig, ServerConfig
@@ -127,12 +127,25 @@ def _compare_pipelines(now: Mapping[str, PipelineConfig], then: Mapping[str, Pip
             continue
         for key in PipelineConfig.__struct_fields__:
             before, after = getattr(now[name], key), getattr(pipeline, key)
-            if before != after:
+            if key == "steps":
+                changes += _compare_steps(f"pipelines.{name}.steps", before, after)
+            elif before != after:
                 changes.append(Change(f"pipelines.{name}.{key}", before, after, Cost.REWIRE))
     return changes + [
         Change(f"pipelines.{name}", pipeline, None, Cost.REMOVE_PIPELINE)
         for name, pipeline in now.items()
         if name not in then
+    ]
+
+
+def _compare_steps(key: str, now: Sequence[StepConfig], then: Sequence[StepConfig]) -> list[Change]:
+    """That there are others; or where there are the same, which of them do something else."""
+    if [step.label for step in now] != [step.label for step in then]:
+        return [Change(key, now, then, Cost.REWIRE)]
+    return [
+        Change(f"{key}[{i}]", before, after, Cost.REWIRE)
+        for i, (before, after) in enumerate(zip(now, then, strict=True))
+        if before != after
     ]
 
 
@@ -160,6 +173,9 @@ def _shown(value: Any) -> str:
         return "none"
     if isinstance(value, dict):
         return ", ".join(f"{key} = {item}" for key, item in value.items())
+    if isinstance(value, StepConfig):
+        signature = "" if value.signature is None else f", signature {value.signature}"
+        return f"{value.model}({_shown(value.inputs)}){signature}"
     if isinstance(value, tuple) and isinstance(value[0], StepConfig):
         return " > ".join(step.label for step in value)
     if isinstance(value, tuple):
