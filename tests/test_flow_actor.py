@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pool.errors import DeadlineExceeded, Overloaded
+from pool.errors import Cancelled, DeadlineExceeded, Overloaded
 from pool.flow import Actor, ActorStopped, Directive, Ref, Supervision, System
 from tests.interleaving import run, turns
 
@@ -161,6 +161,51 @@ def test_one_that_raised_begins_anew_with_its_mailbox(caplog):
     with caplog.at_level(logging.WARNING, "pool.flow"):
         run(main())
     assert "actor failed actor=system/a error=Crash(3)" in caplog.text
+
+
+@pytest.mark.parametrize("when", ["started", "receive"])
+def test_what_it_waits_for_may_be_cancelled_by_others(when):
+    """Which is an error of the actor, not its end: or what is in its mailbox would wait for ever."""
+
+    class Waiting(Counter):
+        objects = 0
+
+        async def started(self):
+            Waiting.objects += 1
+            if when == "started" and Waiting.objects == 1:
+                await self.wait()
+
+        async def receive(self, message):
+            if message == "wait" and when == "receive":
+                await self.wait()
+            return await super().receive(message)
+
+        async def wait(self):
+            future = asyncio.get_running_loop().create_future()
+            future.cancel()
+            await future
+
+    async def main():
+        decided = []
+
+        def decide(error):
+            decided.append(type(error))
+            return Directive.RESTART
+
+        async with System(Supervision(decide=decide)) as system:
+            ref = system.spawn(Waiting)
+            questions = [asyncio.ensure_future(ref.ask(what)) for what in ("wait", "x")]
+            outcomes = await asyncio.gather(*questions, return_exceptions=True)
+            if when == "receive":
+                assert isinstance(outcomes[0], ActorStopped)
+                assert "system/Waiting met a cancel of what it waited for" in str(outcomes[0])
+                assert outcomes[1] == 1
+            else:
+                assert outcomes == [1, 2]
+            assert Waiting.objects == 2
+        assert decided == [Cancelled]
+
+    run(main())
 
 
 def test_too_many_restarts_escalate_to_the_system():

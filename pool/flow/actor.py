@@ -23,8 +23,9 @@ from enum import Enum
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
+from pool.errors import Cancelled
 from pool.flow.channel import Channel, ChannelClosed
-from pool.flow.deadline import within
+from pool.flow.deadline import cancels, within
 from pool.flow.registry import Registry
 
 log = logging.getLogger("pool.flow")
@@ -275,6 +276,10 @@ class _Cell:
                     return
                 if envelope.is_wanted:
                     await self._handle(actor, envelope)
+        except asyncio.CancelledError:
+            if self._is_ending():
+                raise
+            self._fail(Cancelled(f"what actor {self.path} waited for was cancelled"))
         except Exception as e:
             self._fail(e)
         finally:
@@ -284,12 +289,18 @@ class _Cell:
         try:
             reply = await actor.receive(envelope.message)
         except asyncio.CancelledError:
-            envelope.settle(None, ActorStopped(f"actor {self.path} was ended while it worked on the message"))
+            why = "was ended" if self._is_ending() else "met a cancel of what it waited for"
+            envelope.settle(None, ActorStopped(f"actor {self.path} {why} while it worked on the message"))
             raise
         except Exception as e:
             envelope.settle(None, e)
             raise
         envelope.settle(reply, None)
+
+    def _is_ending(self) -> bool:
+        """Of a worker that met a cancel: whether it was meant, and not what its object waited for."""
+        task = self.task
+        return self._is_held or (task is not None and cancels(task) > 0)
 
     def check_not_own(self, what: str) -> None:
         """Refuse what would wait for the task that asks for it."""

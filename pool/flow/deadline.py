@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from types import TracebackType
+from typing import Any
 
 from pool.errors import DeadlineExceeded
 
@@ -40,7 +41,7 @@ class within:  # noqa: N801 - read as a statement
         task = asyncio.current_task()
         assert task is not None, "inside a task"
         self._task = task
-        self._cancelling = _cancelling(task)
+        self._cancelling = cancels(task)
         loop = asyncio.get_running_loop()
         self.deadline = loop.time() + self.timeout
         self._handle = loop.call_at(self.deadline, self._expire)
@@ -65,6 +66,7 @@ class within:  # noqa: N801 - read as a statement
             raise DeadlineExceeded(f"not done within {self.timeout:g} s") from None
 
 
-def _cancelling(task: asyncio.Task[object]) -> int:
+def cancels(task: asyncio.Task[Any]) -> int:
+    """How often a task was asked to end; 0 before Python 3.11, which does not tell."""
     count = getattr(task, "cancelling", None)
     return 0 if count is None else count()
