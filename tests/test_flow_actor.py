@@ -380,6 +380,30 @@ def test_stopping_finishes_one_message_and_refuses_the_others():
     run(main())
 
 
+def test_who_stops_one_that_is_being_restarted_waits_for_its_end_too():
+    """Or what it saves would not be there when the next one of its key begins."""
+
+    class Saving(Counter):
+        async def stopped(self):
+            await asyncio.sleep(5)
+            await super().stopped()
+
+    async def main():
+        log = []
+        async with System() as system:
+            ref = system.spawn(lambda: Saving(log, "a"))
+            with pytest.raises(Crash):
+                await ref.ask("crash")
+            await asyncio.sleep(1)
+            await ref.stop()
+            assert log == ["a"]
+            assert asyncio.get_running_loop().time() == 5
+            await asyncio.sleep(10)
+        assert log == ["a"]
+
+    run(main())
+
+
 def test_an_actor_may_leave_but_not_wait_for_itself():
     class Selfish(Counter):
         async def receive(self, message):

@@ -208,6 +208,7 @@ class _Cell:
         "_actor",
         "_children",
         "_failures",
+        "_farewell",
         "_has_begun",
         "_has_ended",
         "_is_held",
@@ -232,6 +233,7 @@ class _Cell:
         self._stopping: asyncio.Task[None] | None = None
         self._supervising: asyncio.Task[None] | None = None
         # Most actors have none of these.
+        self._farewell: asyncio.Future[None] | None = None  # while the object hears that it has ended
         self._children: dict[_Cell, None] | None = None  # in the order of their beginning
         self._failures: deque[tuple[_Cell, Actor[Any, Any], Exception]] | None = None
         self._restarts: deque[float] | None = None
@@ -435,10 +437,16 @@ class _Cell:
             await next(reversed(self._children)).stop(grace_s)
         if not self._has_ended:
             self._has_ended = True
+            self._farewell = asyncio.get_running_loop().create_future()
             try:
                 await self._actor.stopped()
             except Exception:
                 log.exception("cannot stop in order actor=%s", self.path)
+            finally:
+                self._farewell.set_result(None)
+                self._farewell = None
+        elif self._farewell is not None:  # it is to be restarted, and was stopped meanwhile
+            await asyncio.wait([self._farewell])
 
 
 class _Guardian(Actor[Any, Any]):
