@@ -136,6 +136,23 @@ def test_a_stage_that_fails_ends_what_is_before_and_behind_it(seed, workers, whe
     run(main(), seed)
 
 
+def test_a_step_that_meets_the_end_of_another_channel_fails_as_by_any_error():
+    async def main():
+        source, other, target = Channel(), Channel(), Channel()
+        other.close()
+
+        async def step(_):
+            return await other.receive()
+
+        await source.send(1)
+        with pytest.raises(ChannelClosed):
+            await stage(step, source, target)
+        assert source.is_closed
+        assert target.is_ended
+
+    run(main())
+
+
 @given(seeds, st.integers(0, 6))
 def test_a_stage_that_is_cancelled_ends_what_is_before_and_behind_it(seed, when):
     async def same(item):

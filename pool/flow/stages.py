@@ -93,7 +93,8 @@ async def _join(
     try:
         await together(*works)
     except ChannelClosed:
-        pass  # a target was abandoned: nothing more is wanted
+        if not any(target.is_closed for target in targets):
+            raise  # which a step met elsewhere; else a target was abandoned: nothing more is wanted
     finally:
         for source in sources:
             source.abandon()
