@@ -53,7 +53,6 @@ def test_a_fork_goes_all_ways_at_the_same_time():
     async def main():
         loop = asyncio.get_running_loop()
         step = fork(Step(nap), Step(double), Step(double) | Step(nap))
-        pipeline = Pipeline(step | fork(Step(note)), "ann", [])
         pipeline = Pipeline(step, "ann", None)
         assert await pipeline.send(2) == (None, 4, None)
         assert loop.time() == 4
@@ -199,6 +198,19 @@ def test_a_user_who_floods_is_refused():
             *2 * ["NoneType"],
         ]
         await pipelines.close()
+
+    run(main())
+
+
+def test_who_may_not_wait_does_not():
+    async def main():
+        pipeline = Pipeline(Step(nap), "ann", None, backlog=0)
+        under_way = asyncio.ensure_future(pipeline.send(1))
+        await turns(2)
+        with pytest.raises(Overloaded, match="0 messages of 'ann' wait already"):
+            await pipeline.send(1)
+        await under_way
+        assert await pipeline.send(1) is None
 
     run(main())
 

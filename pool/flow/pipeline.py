@@ -133,8 +133,9 @@ class Pipeline(Generic[State, In, Out]):
 
     async def _run(self, message: In, deadline: float | None) -> Out:
         if self._is_busy:
-            if self._waiting is not None and len(self._waiting) >= self._backlog:
-                raise Overloaded(f"{len(self._waiting)} messages of {self.key!r} wait already")
+            waiting = len(self._waiting or ())
+            if waiting >= self._backlog:
+                raise Overloaded(f"{waiting} messages of {self.key!r} wait already")
             await self._wait()
         if self._is_closed:
             self._pass_on()
