@@ -82,6 +82,13 @@ def test_as_many_are_under_way_as_there_is_room_for(seed, users, cancels, knows)
     run(main(), seed)
 
 
+def test_one_prediction_at_least_may_be_under_way():
+    """With none allowed all would wait for ever."""
+    for in_flight in (0, -1):
+        with pytest.raises(ValueError, match=f"in_flight is {in_flight}; wanted 1 or more"):
+            Model(Desk(), "m", in_flight=in_flight)
+
+
 def test_the_timeout_of_a_prediction_is_what_remains_of_the_message():
     async def main():
         desk = Desk()

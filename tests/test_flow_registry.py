@@ -159,3 +159,10 @@ def test_there_are_never_two_of_one_key_nor_too_many(seed, uses, limit):
         assert sorted(shop.made) == sorted(shop.gone)
 
     run(main(), seed)
+
+
+@pytest.mark.parametrize("idle_s", [0, -1.0, float("nan")])
+def test_a_value_stays_for_some_time(idle_s):
+    """A busy one would be looked at again and again in the same turn of the loop, which would never end."""
+    with pytest.raises(ValueError, match=r"idle_s is .*; wanted more than 0"):
+        Shop(idle_s=idle_s)

@@ -136,6 +136,19 @@ def test_a_stage_that_fails_ends_what_is_before_and_behind_it(seed, workers, whe
     run(main(), seed)
 
 
+def test_a_stage_has_a_worker():
+    """Without one it would end at once, and drop what is in its source."""
+
+    async def main():
+        source = Channel()
+        await source.send(1)
+        with pytest.raises(ValueError, match="workers is 0; wanted 1 or more"):
+            await stage(asyncio.sleep, source, Channel(), workers=0)
+        assert await source.receive() == 1
+
+    run(main())
+
+
 def test_a_step_that_meets_the_end_of_another_channel_fails_as_by_any_error():
     async def main():
         source, other, target = Channel(), Channel(), Channel()

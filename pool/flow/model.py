@@ -31,9 +31,14 @@ class Model:
         predictor: A `Pool` or an `AsyncClient`.
         name: Of the model.
         in_flight: Most predictions under way; None for as many single rows as the model takes of one client.
+
+    Raises:
+        ValueError: `in_flight` is not 1 or more.
     """
 
     def __init__(self, predictor: Predictor, name: str, *, in_flight: int | None = None) -> None:
+        if in_flight is not None and in_flight < 1:
+            raise ValueError(f"in_flight is {in_flight}; wanted 1 or more")
         self._predictor = predictor
         self.name = name
         self._free = in_flight

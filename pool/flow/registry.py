@@ -35,6 +35,9 @@ class Registry(Generic[K, V]):
         is_over: Whether a value has ended by itself, so that its key needs a new one.
         idle_s: Seconds after the last `get` after which an idle value is let go.
         limit: Most values; None for any number. Beyond it, the one that has been idle for longest is let go.
+
+    Raises:
+        ValueError: `idle_s` is not above 0.
     """
 
     def __init__(
@@ -47,6 +50,8 @@ class Registry(Generic[K, V]):
         idle_s: float = 300.0,
         limit: int | None = None,
     ) -> None:
+        if not idle_s > 0:
+            raise ValueError(f"idle_s is {idle_s}; wanted more than 0")
         self._make = make
         self._let_go = let_go
         self._is_idle = is_idle

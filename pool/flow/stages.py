@@ -30,7 +30,10 @@ async def stage(
 
     Raises:
         Exception: what `step` raises.
+        ValueError: `workers` is not 1 or more.
     """
+    if workers < 1:
+        raise ValueError(f"workers is {workers}; wanted 1 or more")
 
     async def work() -> None:
         async for item in source:
