@@ -530,6 +530,28 @@ def test_whoever_finds_no_room_waits_and_holds_no_slot():
     scene(act)
 
 
+def test_rows_come_to_a_model_when_they_find_room_in_it():
+    """Or what one waited in vain would be in the times of those that came much later."""
+
+    def act(house):
+        fill(house, "plus")
+        house.ask(1, "there", rows(2))
+        (slot,) = house.start("double")
+        house.finish("double", slot)
+        assert house.pipelines.waiting.of("there") == {"plus": 1}
+        later = house.pipelines.clock() + 100
+        house.pipelines.clock = lambda: later
+        (execution,) = house.pipelines.executions
+        (slot,) = house.start("plus")
+        house.finish("plus", slot)
+        (part,) = (ticket for _, ticket in house.rigs["plus"].batcher.unsettled() if ticket.sink is execution)
+        assert part.turn.started == part.turn.ended == later
+        house.run()
+        house.check()
+
+    scene(act)
+
+
 def test_they_get_room_by_arrival_and_priority():
     def act(house):
         fill(house, "plus")

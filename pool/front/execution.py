@@ -156,7 +156,6 @@ class Execution(Compound):
         reason = self._pipelines.reason_lost(generation)
         if reason is not None:
             raise Unavailable(reason)
-        turn = self.whole.turn if self.step == 0 else self._pipelines.turn(now)
         account = self.whole.client.account(generation)
         while True:
             left = self._rows - self._done
@@ -167,6 +166,7 @@ class Execution(Compound):
             slot, rows = generation.fill(route, key, self._columns, self._done, min(left, room))
             if slot is None:
                 return False
+            turn = self.whole.turn if self.step == 0 else self._pipelines.turn(now)
             part = self._part(rows, turn)
             self._parts.append((slot, part))
             generation.batcher.commit(slot, part, now)
