@@ -15,6 +15,7 @@ from pool import wire
 from pool.errors import (
     Cancelled,
     DeadlineExceeded,
+    InternalError,
     InvalidInput,
     ModelError,
     Overloaded,
@@ -505,6 +506,29 @@ def test_parts_whose_shapes_differ_do_not_join():
     scene(act)
 
 
+def test_a_defect_at_the_door_is_for_whoever_asks_and_leaves_nothing(monkeypatch):
+    def act(house):
+        plus = house.generations["plus"]
+
+        def fail(*_):
+            raise ZeroDivisionError
+
+        fill = plus.fill
+
+        def fill_once(*arguments):
+            monkeypatch.setattr(plus, "fill", fail)
+            return fill(*arguments)
+
+        monkeypatch.setattr(plus, "fill", fill_once)
+        with pytest.raises(ZeroDivisionError):
+            house.ask(1, "back", rows(6))
+        monkeypatch.undo()
+        house.run()
+        house.check()
+
+    scene(act)
+
+
 # -- waiting ---------------------------------------------------------------------------------------
 
 
@@ -588,6 +612,36 @@ def test_one_that_may_have_no_more_rows_does_not_stop_the_next():
         house.check()
 
     scene(act, max_inflight_rows=4)
+
+
+def test_a_defect_while_one_waits_is_its_own(monkeypatch):
+    """And not that of whoever gave the slot back, nor of those behind it."""
+
+    def act(house):
+        fill(house, "plus")
+        for id_ in (1, 2):
+            house.ask(id_, "there", rows(2, id_))
+            (slot,) = house.start("double")
+            house.finish("double", slot)
+        assert house.pipelines.waiting.of("there") == {"plus": 2}
+        plus = house.generations["plus"]
+        place = plus.fill
+
+        def fail_once(*_):
+            monkeypatch.setattr(plus, "fill", place)
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(plus, "fill", fail_once)
+        (slot,) = house.start("plus")
+        house.finish("plus", slot)
+        assert house.pipelines.waiting.of("there") == {}
+        house.run()
+        house.check()
+        assert isinstance(house.sink.answers[1], InternalError)
+        assert "step 'plus' of pipeline 'there': ZeroDivisionError" in str(house.sink.answers[1])
+        assert not isinstance(house.sink.answers[2], PoolError)
+
+    scene(act)
 
 
 def test_a_deadline_passes_while_it_waits():

@@ -96,6 +96,9 @@ class Execution(Compound):
         except PoolError as e:
             self.withdraw()
             raise self._named(e.with_traceback(None)) from None
+        except BaseException:  # whoever answers for a defect is to be the only one
+            self.withdraw()
+            raise
 
     # -- from step to step --------------------------------------------------------------------------
 

@@ -16,10 +16,13 @@ from collections.abc import Callable
 from itertools import count
 from math import inf
 
-from pool.errors import DeadlineExceeded, PoolError
+from pool.errors import DeadlineExceeded, InternalError, PoolError
 from pool.front.execution import Execution
 from pool.front.generation import Generation
+from pool.front.logs import Log
 from pool.front.slots import LANES
+
+log = Log("pool.waiting")
 
 
 class WaitingRoom:
@@ -93,6 +96,9 @@ class WaitingRoom:
             self.leave(execution)
         except PoolError as e:
             execution.fail(e)
+        except Exception as e:  # whoever waits must hear of it, and not have it happen again and again
+            log.defect("cannot go on in a pipeline")
+            execution.fail(InternalError(f"{type(e).__name__} before the step"))
         return True
 
     def drop(self, error: PoolError, generation: Generation | None = None) -> None:
