@@ -88,6 +88,17 @@ def test_models_that_come_load_fail_and_go():
     assert old.quantiles["total"] is None
 
 
+def test_a_model_that_was_removed_and_added_again_counts_from_zero():
+    before = document(10.0, {"OK": 256}, (200, 56, 0, 0), 4)
+    after = document(12.0, {"OK": 4}, (4, 0, 0, 0), 4)
+    before["models"]["m"]["closed"] = {"full": 3, "idle_worker": 1}
+    after["models"]["m"]["closed"] = {"full": 1, "idle_worker": 3}
+    (model,) = compare(before, after).models
+    assert (model.results_s, model.rows_per_batch) == (2.0, 32.0)
+    assert model.quantiles["total"] == (0.0005, pytest.approx(0.00099))
+    assert model.closed == [("idle_worker", 0.75), ("full", 0.25)]
+
+
 def test_a_worker_whose_process_is_new_counts_its_cpu_from_zero():
     before = document(10.0, workers=[worker(0, 9.0, 9, pid=50, cpu_s=8.0)])
     after = document(12.0, workers=[worker(0, 9.5, 10, pid=51, cpu_s=1.0)])

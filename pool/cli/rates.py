@@ -144,6 +144,8 @@ def _model(
     elapsed_s: float,
     bounds: Sequence[float],
 ) -> ModelRates:
+    if _has_begun_anew(before, after):
+        before = {}
     answers = _rise(before.get("answers", {}), after["answers"])
     batches = after["batches"] - before.get("batches", 0)
     closed = _rise(before.get("closed", {}), after["closed"])
@@ -180,6 +182,12 @@ def _model(
             for worker in _workers(after)
         ],
     )
+
+
+def _has_begun_anew(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether it was removed and added again meanwhile, and counts from 0."""
+    answers = _rise(before.get("answers", {}), after["answers"])
+    return after.get("batches", 0) < before.get("batches", 0) or min(answers.values(), default=0) < 0
 
 
 def _rise(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
