@@ -56,6 +56,30 @@ def test_what_came_in_between():
     assert (one.name, one.busy, one.batches_s, one.cpu) == ("m/0", 0.75, 3.0, 0.25)
 
 
+def flow(ok=0, late=0, counts=(0, 0, 0, 0), **more):
+    return {
+        "state": "ready", "under_way": 5, "answers": {"OK": ok, "DEADLINE_EXCEEDED": late},
+        "stages": {stage: {"counts": list(counts), "sum_s": 0.0} for stage in ("receive", "total")},
+        "steps": [{"name": "find", "waiting": 3}, {"name": "refine", "waiting": 0}],
+    } | more  # fmt: skip
+
+
+def test_what_came_through_pipelines():
+    before = document(10.0, {"OK": 100}, pipelines={"p": flow(40, 2), "old": flow(7)})
+    after = document(12.0, {"OK": 300}, pipelines={
+        "loading": flow(0, state="loading", under_way=0, steps=[]), "p": flow(240, 4, (100, 100, 0, 0))
+    })  # fmt: skip
+    rates = compare(before, after)
+    assert rates.requests_s == 100.0 + 100.0 + 1.0
+    busy, loading = rates.pipelines  # the busiest first
+    assert (busy.name, busy.state, busy.results_s, busy.errors_s) == ("p", "ready", 100.0, 1.0)
+    assert (busy.under_way, busy.waiting) == (5, {"find": 3})
+    assert busy.quantiles == (0.001, pytest.approx(0.00198))
+    assert (loading.name, loading.state, loading.quantiles) == ("loading", "loading", None)
+    again = compare(document(10.0, pipelines={"p": flow(240)}), document(12.0, pipelines={"p": flow(40)}))
+    assert again.pipelines[0].results_s == 20.0, "it was removed and added again"
+
+
 def test_without_an_earlier_document_it_is_since_the_start():
     rates = compare(None, document(10.0, {"OK": 100}, (10, 0, 0, 0), 5, [worker(0, 5.0, 5)]))
     assert (rates.elapsed_s, rates.is_since_start, rates.requests_s) == (10.0, True, 10.0)

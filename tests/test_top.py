@@ -19,7 +19,7 @@ import pytest
 
 from pool import Client
 from pool.__main__ import main
-from pool.cli.rates import STAGES, ModelRates, Rates, WorkerRates
+from pool.cli.rates import STAGES, ModelRates, PipelineRates, Rates, WorkerRates
 from pool.cli.top import draw
 
 PATIENCE_S = 30.0
@@ -44,14 +44,23 @@ def model(name, workers=2, **more):
     return ModelRates(**values | more)
 
 
+def pipeline(name, **more):
+    values = {
+        "name": name, "state": "ready", "results_s": 123.4, "errors_s": 0.5, "under_way": 1017,
+        "waiting": {"find": 3, "refine": 1001}, "quantiles": (0.00234, 1.5),
+    }  # fmt: skip
+    return PipelineRates(**values | more)
+
+
 def error(n):
     fields = {"model": "m", "worker": str(n), "role": "serving", "last_words": "x\ny"}
     return {"time_s": 1e9, "level": "error", "event": "worker lost", "fields": fields}
 
 
-def rates(*models, errors=1):
+def rates(*models, errors=1, pipelines=()):
+    last_errors = [error(i) for i in range(errors)]
     return Rates(
-        1.0, False, 3661.0, 4, 12347.1, 1.5, 0.43, 80_000_000, list(models), [error(i) for i in range(errors)]
+        1.0, False, 3661.0, 4, 12347.1, 1.5, 0.43, 80_000_000, list(models), list(pipelines), last_errors
     )
 
 
@@ -80,11 +89,28 @@ def test_a_model_that_nobody_asks_has_one_line():
     assert shown(rates(quiet, errors=0), "ipc:///s", 80, None)[2:] == ["m ready  0/s  64 waiting"]
 
 
+def test_pipelines_are_told_before_models():
+    quiet = pipeline("q", quantiles=None, results_s=0.0, errors_s=0.0, under_way=0, waiting={})
+    lines = shown(rates(model("m"), pipelines=[pipeline("faces"), quiet]), "ipc:///s", 120, None)
+    assert lines[2:5] == [
+        "faces ready  123/s  p50 2.3 ms p99 1.5 s  0.5 errors/s  1,017 under way  "
+        "waiting: find 3 refine 1,001",
+        "q ready  0/s  0 under way",
+        "m ready  12,346/s  1.5 errors/s  64 waiting  61.2 rows/batch 96%  full 90% idle_worker 10%",
+    ]
+    lines = shown(rates(model("m"), pipelines=[pipeline(f"p{i}") for i in range(20)]), "ipc:///s", 80, 24)
+    assert [line.split()[0] for line in lines[2:8]] == ["p0", "p1", "p2", "p3", "p4", "..."]
+    assert lines[7] == "... 15 more pipelines"
+    assert lines[8].startswith("m ready  ")
+
+
 @pytest.mark.parametrize("height", [3, 5, 10, 24, 50])
 @pytest.mark.parametrize("count", [1, 3, 20])
 @pytest.mark.parametrize("workers", [0, 2, 30])
 def test_it_fits_any_terminal(height, count, workers):
-    many = rates(*[model("a-model-with-a-rather-long-name-" * 3, workers) for _ in range(count)], errors=9)
+    name = "a-model-with-a-rather-long-name-" * 3
+    many = [model(name, workers) for _ in range(count)]
+    many = rates(*many, errors=9, pipelines=[pipeline(name)] * (count // 2))
     for width in (40, 80):
         lines = draw(many, "ipc:///" + "x" * 90, width, height, "the server went away")
         assert len(lines) <= height

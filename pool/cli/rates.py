@@ -62,6 +62,29 @@ class ModelRates:
 
 
 @dataclass(frozen=True)
+class PipelineRates:
+    """One pipeline.
+
+    Attributes:
+        name: In the configuration.
+        state: As in the status document.
+        results_s: Results a second.
+        errors_s: Errors a second.
+        under_way: Requests admitted and not answered.
+        waiting: Of those, how many wait for room in a step's model, by step; steps without any left out.
+        quantiles: p50 and p99 of the whole in seconds; None if there was no result.
+    """
+
+    name: str
+    state: str
+    results_s: float
+    errors_s: float
+    under_way: int
+    waiting: dict[str, int]
+    quantiles: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
 class Rates:
     """A server.
 
@@ -75,6 +98,7 @@ class Rates:
         front_cpu: Cores that the front used.
         memory_bytes: Of all processes, shared pages once.
         models: The busiest first.
+        pipelines: The busiest first.
         last_errors: Of its log, oldest first.
     """
 
@@ -87,6 +111,7 @@ class Rates:
     front_cpu: float
     memory_bytes: int
     models: list[ModelRates]
+    pipelines: list[PipelineRates]
     last_errors: list[dict[str, Any]]
 
 
@@ -108,8 +133,15 @@ def compare(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Rates
         _model(name, earlier["models"].get(name, {}), model, elapsed_s, bounds)
         for name, model in after["models"].items()
     ]
+    pipelines = [
+        _pipeline(name, earlier.get("pipelines", {}).get(name, {}), pipeline, elapsed_s, bounds)
+        for name, pipeline in after.get("pipelines", {}).items()
+    ]
     models.sort(key=lambda model: -(model.results_s + model.errors_s))
+    pipelines.sort(key=lambda pipeline: -(pipeline.results_s + pipeline.errors_s))
+    # What came through a pipeline counts for that alone.
     answered = sum(model.results_s + model.errors_s for model in models)
+    answered += sum(pipeline.results_s + pipeline.errors_s for pipeline in pipelines)
     errors_s = (sum(front["errors"].values()) - sum(earlier["front"].get("errors", {}).values())) / elapsed_s
     processes = [front, *after["zygotes"]]
     for model in after["models"].values():
@@ -124,6 +156,7 @@ def compare(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Rates
         front_cpu=(front["cpu_s"] - earlier["front"].get("cpu_s", 0.0)) / elapsed_s,
         memory_bytes=sum(process["pss_bytes"] for process in processes),
         models=models,
+        pipelines=pipelines,
         last_errors=front.get("last_errors", []),
     )
 
@@ -149,14 +182,7 @@ def _model(
     answers = _rise(before.get("answers", {}), after["answers"])
     batches = after["batches"] - before.get("batches", 0)
     closed = _rise(before.get("closed", {}), after["closed"])
-    quantiles: dict[str, tuple[float, float] | None] = {}
-    for stage in STAGES:
-        counts = list(after["stages"][stage]["counts"])
-        if before:
-            earlier = before["stages"][stage]["counts"]
-            counts = [now - then for now, then in zip(counts, earlier, strict=True)]
-        p50, p99 = quantile(bounds, counts, 0.5), quantile(bounds, counts, 0.99)
-        quantiles[stage] = None if p50 is None or p99 is None else (p50, p99)
+    quantiles = {stage: _quantiles(before, after, stage, bounds) for stage in STAGES}
     workers = {worker["index"]: worker for worker in _workers(before)}
     state = after["state"] + (f": {after['failure']}" if after["failure"] else "")
     return ModelRates(
@@ -182,6 +208,38 @@ def _model(
             for worker in _workers(after)
         ],
     )
+
+
+def _pipeline(
+    name: str,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    elapsed_s: float,
+    bounds: Sequence[float],
+) -> PipelineRates:
+    if _has_begun_anew(before, after):
+        before = {}
+    answers = _rise(before.get("answers", {}), after["answers"])
+    return PipelineRates(
+        name=name,
+        state=after["state"],
+        results_s=answers.pop("OK", 0) / elapsed_s,
+        errors_s=sum(answers.values()) / elapsed_s,
+        under_way=after["under_way"],
+        waiting={step["name"]: step["waiting"] for step in after["steps"] if step["waiting"]},
+        quantiles=_quantiles(before, after, "total", bounds),
+    )
+
+
+def _quantiles(
+    before: Mapping[str, Any], after: Mapping[str, Any], stage: str, bounds: Sequence[float]
+) -> tuple[float, float] | None:
+    """p50 and p99 of a stage in seconds; None if there was nothing."""
+    counts = list(after["stages"][stage]["counts"])
+    if before:
+        counts = [now - then for now, then in zip(counts, before["stages"][stage]["counts"], strict=True)]
+    p50, p99 = quantile(bounds, counts, 0.5), quantile(bounds, counts, 0.99)
+    return None if p50 is None or p99 is None else (p50, p99)
 
 
 def _has_begun_anew(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:

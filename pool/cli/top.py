@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pool.cli.arguments import add_endpoint, connect, seconds
 from pool.cli.output import console, size
-from pool.cli.rates import STAGES, ModelRates, Rates, WorkerRates, compare
+from pool.cli.rates import STAGES, ModelRates, PipelineRates, Rates, WorkerRates, compare
 from pool.endpoints import default_endpoint
 from pool.errors import PoolError
 
@@ -27,6 +27,7 @@ _WIDTH = 80  # of what is shown, at least: narrower terminals cut it
 _ERRORS_SHOWN = 3
 _FIELDS_LEFT_OUT = ("role", "pid", "last_words")
 _BAR = 8
+_NAME = 24  # columns of a name where its line has much else to tell
 _STAGES = "{:<6}" + "{:>13}" * len(STAGES)
 _WORKER = "{:<20}{:<10}{:<13}{:>8}{:>10}{:>10}{:>9}"
 # Seconds that the view stands still for an answer. After these it says so and goes on.
@@ -136,19 +137,22 @@ def draw(rates: Rates, where: str, width: int, height: int | None, trouble: str 
     """
     workers = [worker for model in rates.models for worker in model.workers]
     head, errors = _head(rates, where if height is None else f"{where}  (q quits)", trouble), _errors(rates)
+    pipeline_blocks = [[_pipeline(pipeline)] for pipeline in rates.pipelines]
     model_blocks = [[_model(model), *_stages(model)] for model in rates.models]
     worker_blocks = [[_worker(worker)] for worker in workers]
     if height is not None:
         room = height - len(head) - len(errors) - (1 if workers else 0)
-        # Models have what the workers leave, and half of it in any case. The last ones are told in one line
-        # each before any is left out.
+        pipeline_blocks = _fit(pipeline_blocks, room // 3, "pipelines")
+        room -= sum(map(len, pipeline_blocks))
+        # Pipelines have a third at most. Models have what the workers leave, and half of it in any case. The
+        # last ones are told in one line each before any is left out.
         models_room = max(room // 2, room - len(workers))
         for i in reversed(range(len(model_blocks))):
             if sum(map(len, model_blocks)) > models_room:
                 model_blocks[i] = [_model(rates.models[i], is_alone=True)]
         model_blocks = _fit(model_blocks, models_room, "models")
         worker_blocks = _fit(worker_blocks, room - sum(map(len, model_blocks)), "workers")
-    lines = [*head, *itertools.chain.from_iterable(model_blocks)]
+    lines = [*head, *itertools.chain.from_iterable((*pipeline_blocks, *model_blocks))]
     if worker_blocks:
         lines.append(
             _text(_WORKER.format("WORKER", "STATE", "BUSY", "CPU", "BATCH/S", "PRIVATE", "RESTARTS"), "bold")
@@ -188,22 +192,42 @@ def _head(rates: Rates, where: str, trouble: str) -> list[Text]:
     return [first, second, *([_text(trouble, "bold red")] if trouble else [])]
 
 
+def _pipeline(pipeline: PipelineRates) -> Text:
+    """The line of a pipeline; what its models do for it is in theirs."""
+    name, total = _cut(pipeline.name, _NAME), pipeline.quantiles
+    line = _head_of(name, pipeline.state, pipeline.results_s, pipeline.errors_s, total)
+    line.append(f"  {pipeline.under_way:,} under way")
+    if pipeline.waiting:
+        waiting = " ".join(f"{step} {count:,}" for step, count in pipeline.waiting.items())
+        line.append(f"  waiting: {waiting}", "yellow")
+    return line
+
+
 def _model(model: ModelRates, is_alone: bool = False) -> Text:
     """The line of a model; with p50 and p99 of the whole where the stages are not shown."""
-    name = _text(f"{_cut(model.name, 24) if is_alone else model.name} ", "bold")
-    name.append(model.state, "" if model.state == "ready" else "bold red")
-    name.append(f"  {model.results_s:,.0f}/s")
-    total = model.quantiles[STAGES[0]]
-    if is_alone and total:
-        name.append(f"  p50 {_duration(total[0])} p99 {_duration(total[1])}")
-    if model.errors_s:
-        name.append(f"  {model.errors_s:,.1f} errors/s", "red")
+    total = model.quantiles[STAGES[0]] if is_alone else None
+    shown = _cut(model.name, _NAME) if is_alone else model.name
+    name = _head_of(shown, model.state, model.results_s, model.errors_s, total)
     name.append(f"  {model.queue_rows:,} waiting")
     if model.rows_per_batch is not None and model.max_batch_size:
         fill = model.rows_per_batch / model.max_batch_size
         name.append(f"  {model.rows_per_batch:.1f} rows/batch {fill:.0%}")
         name.append("  " + " ".join(f"{reason} {share:.0%}" for reason, share in model.closed[:2]), "dim")
     return name
+
+
+def _head_of(
+    name: str, state: str, results_s: float, errors_s: float, total: tuple[float, float] | None
+) -> Text:
+    """How the line of a model or pipeline begins; `total` is p50 and p99 of the whole, if they are shown."""
+    line = _text(f"{name} ", "bold")
+    line.append(state, "" if state == "ready" else "bold red")
+    line.append(f"  {results_s:,.0f}/s")
+    if total is not None:
+        line.append(f"  p50 {_duration(total[0])} p99 {_duration(total[1])}")
+    if errors_s:
+        line.append(f"  {errors_s:,.1f} errors/s", "red")
+    return line
 
 
 def _stages(model: ModelRates) -> list[Text]:
