@@ -137,9 +137,14 @@ def test_models_are_told_shortly_before_they_are_left_out():
 
 
 def test_what_a_server_says_cannot_steer_the_terminal():
-    hostile = rates(model("\x1b[2Jm"))
+    escape = "\x1b[2J"
+    hostile = rates(
+        model(f"{escape}m", state=f"failed: {escape}", closed=[(escape, 1.0)]),
+        pipelines=[pipeline(escape, state=escape, waiting={escape: 1})],
+    )
+    hostile.models[0].workers[0] = worker(f"{escape}/0", state=escape)
     hostile.last_errors[0]["fields"]["model"] = "\x1b]0;title\x07"
-    assert not any(ord(c) < 32 for line in shown(hostile, "w", 80, 24, "\x1b[31m") for c in line)
+    assert not any(ord(c) < 32 for line in shown(hostile, "w", 200, 24, "\x1b[31m") for c in line)
 
 
 # -- real terminals ----------------------------------------------------------------------------------

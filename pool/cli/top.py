@@ -199,7 +199,7 @@ def _pipeline(pipeline: PipelineRates) -> Text:
     line.append(f"  {pipeline.under_way:,} under way")
     if pipeline.waiting:
         waiting = " ".join(f"{step} {count:,}" for step, count in pipeline.waiting.items())
-        line.append(f"  waiting: {waiting}", "yellow")
+        line.append_text(_text(f"  waiting: {waiting}", "yellow"))
     return line
 
 
@@ -212,7 +212,8 @@ def _model(model: ModelRates, is_alone: bool = False) -> Text:
     if model.rows_per_batch is not None and model.max_batch_size:
         fill = model.rows_per_batch / model.max_batch_size
         name.append(f"  {model.rows_per_batch:.1f} rows/batch {fill:.0%}")
-        name.append("  " + " ".join(f"{reason} {share:.0%}" for reason, share in model.closed[:2]), "dim")
+        shares = " ".join(f"{reason} {share:.0%}" for reason, share in model.closed[:2])
+        name.append_text(_text(f"  {shares}", "dim"))
     return name
 
 
@@ -221,7 +222,7 @@ def _head_of(
 ) -> Text:
     """How the line of a model or pipeline begins; `total` is p50 and p99 of the whole, if they are shown."""
     line = _text(f"{name} ", "bold")
-    line.append(state, "" if state == "ready" else "bold red")
+    line.append_text(_text(state, "" if state == "ready" else "bold red"))
     line.append(f"  {results_s:,.0f}/s")
     if total is not None:
         line.append(f"  p50 {_duration(total[0])} p99 {_duration(total[1])}")
@@ -247,7 +248,7 @@ def _stages(model: ModelRates) -> list[Text]:
 def _worker(worker: WorkerRates) -> Text:
     model, _, index = worker.name.rpartition("/")
     line = _text(f"{_cut(model, 18 - len(index))}/{index}".ljust(20))
-    line.append(f"{worker.state:<10}", "" if worker.state in ("ready", "busy") else "bold red")
+    line.append_text(_text(f"{worker.state:<10}", "" if worker.state in ("ready", "busy") else "bold red"))
     filled = round(worker.busy * _BAR)
     line.append("█" * filled, "green")
     line.append("░" * (_BAR - filled), "dim")
