@@ -28,8 +28,10 @@ async def read_status(models: Iterable[ServedModel], zygotes: Iterable[Zygote]) 
 
     Reading a process's memory map takes the kernel milliseconds, so it is done in a thread.
     """
-    models, zygotes = list(models), [zygote for zygote in zygotes if zygote.pid is not None]
-    pids = [os.getpid(), *(zygote.pid for zygote in zygotes)]
+    models = list(models)
+    # By the time that they are measured they may have ended, or others be in their place.
+    zygote_pids = [(zygote.backend, zygote.pid) for zygote in zygotes if zygote.pid is not None]
+    pids: list[int | None] = [os.getpid(), *(pid for _, pid in zygote_pids)]
     for model in models:
         if model.serving is not None:
             pids += [worker.pid for worker in model.serving.replicas.everyone()]
@@ -38,7 +40,7 @@ async def read_status(models: Iterable[ServedModel], zygotes: Iterable[Zygote]) 
     return {
         "front": usage[os.getpid()],
         "stage_bounds_s": BOUNDS_S,
-        "zygotes": [{"backend": zygote.backend, **usage[zygote.pid or 0]} for zygote in zygotes],
+        "zygotes": [{"backend": backend, **usage[pid]} for backend, pid in zygote_pids],
         "models": {model.name: _model_status(model, usage) for model in models},
     }
 
