@@ -445,6 +445,17 @@ def test_files_of_objects_are_refused(tmp_path: Path) -> None:
             predict.read_arrays(str(tmp_path / file))
 
 
+def test_archives_that_are_broken_are_refused(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "whole.npz", x=np.arange(1000))
+    whole = (tmp_path / "whole.npz").read_bytes()
+    at = len(whole) // 3
+    (tmp_path / "cut.npz").write_bytes(whole[:at])
+    (tmp_path / "spoilt.npz").write_bytes(whole[:at] + bytes(9) + whole[at + 9 :])
+    for file in ("cut.npz", "spoilt.npz"):
+        with pytest.raises(argparse.ArgumentTypeError, match=rf"{file}: wanted a \.npy or \.npz file"):
+            predict.read_arrays(str(tmp_path / file))
+
+
 def test_saving_keeps_every_value(tmp_path: Path) -> None:
     import ml_dtypes
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -149,15 +151,17 @@ def read_arrays(file: str) -> dict[str, Array]:
         argparse.ArgumentTypeError: there is no such file, or it is neither.
     """
     try:
-        # Object arrays would be pickles: running them is what a file of numbers must never do.
-        loaded = np.load(file, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {"": loaded}
-        with loaded:
-            return {name: loaded[name] for name in loaded.files}
+        # Opened here, since numpy leaves a broken archive open.
+        with open(file, "rb") as opened:
+            # Object arrays would be pickles: running them is what a file of numbers must never do.
+            loaded = np.load(opened, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return {"": loaded}
+            with loaded:
+                return {name: loaded[name] for name in loaded.files}
     except OSError as e:
         raise argparse.ArgumentTypeError(f"{file}: {e.strerror or e}") from None
-    except (ValueError, EOFError, KeyError) as e:
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
         raise argparse.ArgumentTypeError(
             f"{file}: wanted a .npy or .npz file of arrays without objects ({e})"
         ) from None
