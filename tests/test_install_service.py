@@ -225,6 +225,17 @@ def test_a_configuration_elsewhere_is_shown_with_what_it_names(tmp_path):
     assert paths == [str(folder / "a.toml"), str(folder / "model")]
 
 
+def test_a_python_model_is_shown_with_what_lies_beside_it(tmp_path):
+    """It imports from there. A home is not shown for that."""
+    config = tmp_path / "a.toml"
+    paths = ("/home/x/glue/faces.py", "/home/x/glue.py", "/root/glue.py", "/srv/glue/faces.py")
+    config.write_text(
+        "".join(f'[models.m{i}]\nbackend = "python"\npath = "{path}:f"\n' for i, path in enumerate(paths))
+    )
+    shown = visibility.configuration_paths(read_config(config), str(config))
+    assert shown == ["/home/x/glue", "/home/x/glue.py", "/root/glue.py", "/srv/glue"]
+
+
 def test_a_path_that_a_unit_cannot_hold_is_refused(tmp_path, capsys):
     config = tmp_path / "etc/pool/a.toml"
     config.parent.mkdir(parents=True)

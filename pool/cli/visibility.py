@@ -72,11 +72,18 @@ def ask_installation(command: list[str]) -> list[str]:
 
 
 def configuration_paths(config: Config, file: str) -> list[str]:
-    """The files and folders that a configuration file names, and it itself if it is a link."""
+    """The files and folders that a configuration file names, and it itself if it is a link.
+
+    Of a Python model also the folder of its file, which it may import from, unless that is a whole home.
+    """
     folder = os.path.dirname(os.path.realpath(file))
     named = [model.file[0] for model in config.models.values()]
     named += [path for path in (config.server.curve_secret_key, config.server.authorized_keys) if path]
     found = [os.path.abspath(os.path.join(folder, path)) for path in named if not path.startswith("~")]
+    for path, function in (model.file for model in config.models.values()):
+        beside = os.path.dirname(os.path.realpath(os.path.join(folder, path)))
+        if function and not path.startswith("~") and not _is_home(beside):
+            found.append(beside)
     if os.path.islink(file):
         found.append(os.path.realpath(file))
     return outermost(found + [os.path.realpath(path) for path in found])
@@ -94,6 +101,11 @@ def outermost(paths: Iterable[str]) -> list[str]:
 def is_hidden(path: str) -> bool:
     """Whether the unit hides it from the service."""
     return any(_is_within(path, folder) for folder in HOMES + TEMPORARY)
+
+
+def _is_home(folder: str) -> bool:
+    """Whether it is a home, or what homes and temporary files lie in: more than a model needs."""
+    return folder in HOMES + TEMPORARY or os.path.dirname(folder) in ("/home", "/run/user")
 
 
 def closed_folder(path: str) -> str | None:
