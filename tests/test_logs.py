@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -206,6 +207,20 @@ def test_a_server_of_systemd_writes_json(tmp_path, models):
     ]
     assert written[0]["code"] == "CONFIG"
     assert log.read_text().startswith("<3>{")
+
+
+def test_every_event_is_documented():
+    """But for those of `debug`."""
+    repository = Path(logs.__file__).parents[2]
+    table = (repository / "docs" / "operations.md").read_text().split("\n## 21 Log\n")[1].split("\n## ")[0]
+    written = re.compile(r"\blog\.(?:info|warning|error|defect)\(\s*\"([^\"]+)\"")
+    events = {
+        event
+        for file in (repository / "pool" / "front").rglob("*.py")
+        for event in written.findall(file.read_text())
+    }
+    assert len(events) > 30
+    assert [event for event in sorted(events) if f"`{event}`" not in table] == []
 
 
 def test_the_switch_for_requests_is_apart_from_the_level():
