@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import msgspec
 import pytest
 
 from pool.config import Config, ModelConfig, ServerConfig
+from pool.front import changes
 from pool.front.changes import _MODEL_IN_PLACE, _SERVER_IN_PLACE, Cost, compare, of_model
 from pool.pipelines import PipelineConfig, StepConfig
 
 NOW = Config(models={"m": ModelConfig(path="/m", workers=2), "other": ModelConfig(path="/o")})
+
+
+KEY = re.compile(r"`([a-z_]+)`")
 
 
 def changed(**keys):
@@ -117,6 +124,20 @@ def test_what_the_socket_is_needs_a_restart():
     assert costs(then) == [("server.endpoints", Cost.RESTART), ("server.log_level", Cost.IN_PLACE)]
     (change, _) = compare(NOW, then, {}, {})
     assert str(change) == "server.endpoints: none -> [ipc:///x]: needs a restart"
+
+
+def test_what_each_key_of_the_server_costs_is_documented():
+    text = (Path(changes.__file__).parents[2] / "docs" / "operations.md").read_text()
+    rows = [line for line in text.split("\n## 17 ")[1].split("\n## ")[0].splitlines() if line[:1] == "|"]
+    told = {
+        key: cost
+        for row in rows
+        for keys, cost, *_ in [row.strip("|").split("|")]
+        for key in KEY.findall(keys)
+    }
+    for key in ServerConfig.__struct_fields__:
+        wanted = "in place" if key in _SERVER_IN_PLACE else "needs a restart"
+        assert told.get(key, "").strip() == wanted, key
 
 
 def test_every_key_told_apart_is_one():
