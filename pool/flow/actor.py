@@ -59,7 +59,7 @@ class Supervision:
 
     Attributes:
         one_for_all: Whether a restart is one of all children.
-        max_restarts: Most restarts within `within_s`; one more escalates.
+        max_restarts: Most restarts of all children together within `within_s`; one more escalates.
         within_s: Seconds.
         decide: Of an error, what to do. What it raises counts as ESCALATE.
     """
