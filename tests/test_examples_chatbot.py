@@ -108,6 +108,7 @@ def chatting(address, key=None):
         ("10 minus 12", "-2"),
         ("divide 9 by 4", "2.25"),
         ("100 divided by 8", "12.5"),
+        ("divide me 3 + 4 apples", "7"),
         ("multiply 5 by 5", "25"),
         ("6 X 7", "42"),
         ("8/2", "4"),

@@ -161,6 +161,6 @@ def calculate(line: str) -> str:
     if not found:
         return ""
     first, sign, second = found.groups()
-    is_division = sign == "/" or "divi" in line.lower()
+    is_division = sign == "/" or (sign.lower().endswith("by") and "divi" in line.lower())
     operation = operator.truediv if is_division else _OPERATIONS[sign.lower()]
     return f"{operation(int(first), int(second)):.12g}"
