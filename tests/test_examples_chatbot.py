@@ -277,6 +277,7 @@ def test_hundreds_at_once_keep_their_own_state_and_share_batches(address):
         (None, '{"n": 1, "text": ""}', 1007),
         (None, json.dumps({"n": 1, "text": "x" * 501}), 1007),
         (None, "x" * 5000, 1009),
+        (None, b'{"n": 1, "text": "hello"}', 1003),
     ],
 )
 def test_what_is_no_line_ends_the_connection(address, query, message, code):

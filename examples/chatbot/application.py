@@ -83,7 +83,11 @@ async def chat(websocket: WebSocket) -> None:
     if not KEY.fullmatch(key):
         await websocket.close(1008, "wanted ?id= with 32 hexadecimal digits")
         return
-    async for text in websocket.iter_text():
+    while (message := await websocket.receive())["type"] == "websocket.receive":
+        text = message.get("text")
+        if text is None:
+            await websocket.close(1003, "wanted text")
+            return
         try:
             line = msgspec.json.decode(text, type=Line)
         except msgspec.DecodeError as e:
