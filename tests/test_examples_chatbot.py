@@ -409,6 +409,9 @@ def test_the_page_can_be_seen_and_used_on_large_and_small_screens(address):
                     feature = {"name": "prefers-color-scheme", "value": scheme}
                     await page.call("Emulation.setEmulatedMedia", features=[feature])
                     assert await page.get(FAINT) == []
+            unasked = "{ conversations: 0, models: { reply: { rows: 0, batches: 0 } } }"
+            await page.get(f"fetch = async () => ({{ json: async () => ({unasked}) }}), showFigures(), 0")
+            await page.until("$('figures').textContent === 'conversations: 0 · reply: 0.0 rows a batch'")
             nodes = (await page.call("Accessibility.getFullAXTree"))["nodes"]
             named = {
                 (node["role"]["value"], node.get("name", {}).get("value")) for node in nodes if "role" in node

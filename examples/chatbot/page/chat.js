@@ -142,7 +142,7 @@ async function showFigures() {
   try {
     const figures = await (await fetch("/status")).json();
     const models = Object.entries(figures.models).map(
-      ([name, model]) => `${name}: ${(model.rows / model.batches).toFixed(1)} rows a batch`,
+      ([name, model]) => `${name}: ${(model.rows / (model.batches || 1)).toFixed(1)} rows a batch`,
     );
     $("figures").textContent = [`conversations: ${figures.conversations}`, ...models].join(" · ");
   } catch {
