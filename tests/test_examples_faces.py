@@ -194,6 +194,11 @@ def test_pictures_are_drawn_and_batches_told(served, portrait, tmp_path, capsys)
     assert [line.split()[0] for line in lines[4:]] == ["proposal", "refinement", "output"]
 
 
+def test_a_model_that_nobody_asked_ran_no_batch(capsys):
+    program.print_batches({"models": {"proposal": {"answers": {}, "rows": 0, "batches": 0}}})
+    assert capsys.readouterr().out == "proposal    0 requests  0 rows  0 batches  0.0 rows each\n"
+
+
 # -- geometry --------------------------------------------------------------------------------------
 
 sides = st.integers(1, 40)

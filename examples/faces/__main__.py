@@ -102,10 +102,9 @@ def variants(picture: Picture, count: int) -> list[Picture]:
 def print_batches(status: dict[str, Any]) -> None:
     """For each model, how many requests and rows ran in how many batches."""
     for name, model in status["models"].items():
-        requests, rows, batches = model["answers"]["OK"], model["rows"], model["batches"]
-        print(
-            f"{name:10}  {requests} requests  {rows} rows  {batches} batches  {rows / batches:.1f} rows each"
-        )
+        requests, rows, batches = model["answers"].get("OK", 0), model["rows"], model["batches"]
+        each = rows / max(1, batches)  # of a picture that is too small for a face, nothing is asked
+        print(f"{name:10}  {requests} requests  {rows} rows  {batches} batches  {each:.1f} rows each")
 
 
 def draw(picture: Picture, faces: list[Face]) -> Image.Image:
