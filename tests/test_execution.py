@@ -383,6 +383,32 @@ def test_a_bundle_is_admitted_one_by_one():
     scene(act)
 
 
+def test_a_defect_refuses_one_request_of_a_bundle(monkeypatch):
+    def act(house):
+        pipeline = house.pipelines.served["back"]
+        route = pipeline.resolve(PredictMeta("back", None, None, (TensorMeta("x", "float32", (2,)),)))
+        tickets = [house.ticket(i, route, 1) for i in range(3)]
+        plus, count = house.generations["plus"], iter(range(3))
+        place = plus.fill
+
+        def fail_second(*arguments):
+            if next(count) == 1:
+                raise ZeroDivisionError
+            return place(*arguments)
+
+        monkeypatch.setattr(plus, "fill", fail_second)
+        x = rows(3)["x"]
+        ((error, alike),) = pipeline.place_all(tickets, [x.tobytes()], 0.0)
+        assert isinstance(error, InternalError)
+        assert alike == [tickets[1]]
+        house.asked = {i: ("back", {"x": x[i : i + 1]}) for i in (0, 2)}
+        monkeypatch.undo()
+        house.run()
+        house.check()
+
+    scene(act)
+
+
 # -- what goes wrong on the way --------------------------------------------------------------------
 
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from pool.errors import InvalidInput, Overloaded, PoolError
+from pool.errors import InternalError, InvalidInput, Overloaded, PoolError
 from pool.front.columns import read_columns, read_numeric
 from pool.front.execution import Execution, Value
 from pool.front.generation import Generation, retry_after_ms
+from pool.front.logs import Log
 from pool.front.metrics import Histogram, ModelMetrics
 from pool.front.replies import Reply
 from pool.front.route import Route, check_input, choose_outputs
@@ -28,6 +29,8 @@ from pool.wire import PredictMeta, TensorMeta
 if TYPE_CHECKING:
     from pool.front.pipelines import Pipelines
     from pool.front.regions import Loan
+
+log = Log("pool.pipeline")
 
 # Distinct shapes remembered, as in a generation.
 _REMEMBERED_MAX = 4096
@@ -223,6 +226,9 @@ class Pipeline:
             except PoolError as e:
                 # Its traceback holds this frame, and with it the payloads.
                 refused.append((e.with_traceback(None), [ticket]))
+            except Exception as e:  # the others are admitted, or were
+                log.defect("cannot go on in a pipeline")
+                refused.append((InternalError(f"{type(e).__name__} while handling the request"), [ticket]))
             done += ticket.rows
         return refused
 
