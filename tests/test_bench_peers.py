@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bench.peers import doors, environments, report
 from bench.peers.load import LoadFailed, read_h2load, read_perf_analyzer, read_pool
-from bench.peers.summary import better_waits, contenders, medians, recovery
+from bench.peers.summary import better_waits, contenders, medians, recovery, unmeasured
 from bench.peers.systems import SYSTEMS
 from bench.peers.trees import spent_us
 
@@ -164,6 +164,16 @@ def test_contenders_lead_at_some_number_of_requests():
         row(server="slow", in_flight=1, p50_ms=9.0, requests_per_s=1e6),
     ]
     assert contenders(rows, 1, "pool") == [("quick", 0.0), ("fast", 0.0)]
+
+
+def test_who_failed_once_and_was_measured_is_not_absent():
+    rows = [
+        row(system="ray", in_flight=0, error="no answer within 120 s"),
+        row(system="ray", in_flight=1, error="ended with exit code 1"),
+        row(system="mosec"),
+        row(system="mosec", in_flight=0, error="ended with exit code 1"),
+    ]
+    assert unmeasured(rows) == {"ray": "no answer within 120 s"}
 
 
 # -- kills -------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from bench import readme
 from bench.machine import describe
 from bench.peers import environments, plots, report
 from bench.peers.ceilings import bare, echo, memcpy
-from bench.peers.summary import Row, better_waits, contenders, medians
+from bench.peers.summary import Row, better_waits, contenders, medians, unmeasured
 from bench.peers.systems import SYSTEMS
 from bench.peers.workloads import FULL, QUICK, WORKLOADS, Pace, Prepared, measure, prepare, variants
 
@@ -48,12 +48,11 @@ def main() -> None:
     absent = _install(args.only)
     names = [name for name in args.only if name not in absent]
     measured: dict[str, Any] = {}
+    taken: list[Row] = []
     began = time.monotonic()
     for name in args.workloads:
         rows, ceilings = _rounds(prepare(WORKLOADS[name]), names, rounds, pace, args.quick)
-        for row in rows:
-            if "error" in row and row["in_flight"] == 0:
-                absent.setdefault(row["system"], row["error"])
+        taken += rows
         measured[name] = {
             "commit": machine["commit"],
             "ceilings": report.median_of(ceilings) if ceilings else {},
@@ -61,6 +60,7 @@ def main() -> None:
             "errors": [row for row in rows if "error" in row],
         }
     took_s = time.monotonic() - began
+    absent |= unmeasured(taken)
     if args.record and RESULTS.exists():
         before = json.loads(RESULTS.read_text())
         absent, measured = before["absent"] | absent, before["workloads"] | measured

@@ -87,6 +87,18 @@ def contenders(rows: Sequence[Row], count: int, own: str) -> list[tuple[str, flo
     return list(chosen)
 
 
+def unmeasured(rows: Iterable[Row]) -> dict[str, str]:
+    """Systems of which there is not one figure, and the first reason that was given."""
+    reasons: dict[str, str] = {}
+    measured = set()
+    for row in rows:
+        if "error" in row:
+            reasons.setdefault(row["system"], row["error"])
+        else:
+            measured.add(row["system"])
+    return {system: reason for system, reason in reasons.items() if system not in measured}
+
+
 def recovery(log: str, killed_at: float, replaced_at: float, until: float) -> tuple[float | None, int]:
     """What clients saw of a kill.
 
