@@ -412,6 +412,30 @@ def test_it_belongs_to_one_loop_and_starts_once(config):
     asyncio.run(main())
 
 
+def test_what_was_given_up_is_counted_as_by_a_server(config):
+    """Once, whether a worker had begun it or not, and of the model and the whole."""
+
+    async def main():
+        async with Pool.from_file(config(max_batch_size=1)) as pool:
+            (worker,) = (await pool.status())["models"]["m"]["workers"]
+            os.kill(worker["pid"], signal.SIGSTOP)
+            try:
+                calls = [asyncio.create_task(pool.predict("m", row())) for _ in range(3)]
+                while not (await pool.status())["models"]["m"]["queue_rows"]:
+                    await asyncio.sleep(0)
+                for call in calls[:2]:
+                    call.cancel()
+                await asyncio.wait(calls[:2])
+            finally:
+                os.kill(worker["pid"], signal.SIGCONT)
+            assert (await calls[2])["y"].tolist() == ANSWER.tolist()
+            status = await pool.status()
+            assert status["models"]["m"]["answers"] == {"OK": 1, "CANCELLED": 2}
+            assert status["front"]["errors"] == {"CANCELLED": 2}
+
+    asyncio.run(main())
+
+
 def test_the_application_keeps_its_signals_and_its_logging(config):
     async def main():
         before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]

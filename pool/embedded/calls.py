@@ -314,7 +314,8 @@ class Calls:
 
     def _withdraw(self) -> None:
         given_up, self._given_up = self._given_up, set()
-        withdraw(self._engine, {self._self: given_up})
+        for ticket in withdraw(self._engine, {self._self: given_up}):
+            self._count(ticket.route.generation, Cancelled.code)
 
     def close(self) -> None:
         """Answer all that is under way `Cancelled`."""
