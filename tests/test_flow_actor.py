@@ -404,6 +404,48 @@ def test_who_stops_one_that_is_being_restarted_waits_for_its_end_too():
     run(main())
 
 
+def test_whoever_has_the_least_patience_is_waited_for_no_longer():
+    """Or an actor that has left, and does not come to an end, would keep the system from ending."""
+
+    class Staying(Parent):
+        async def started(self):
+            for name in self.children:
+                self.refs[name] = self.spawn(lambda name=name: Staying(self.log, name), name)
+
+        async def receive(self, message):
+            if message == "stay":
+                self.leave()
+                await asyncio.sleep(1000)
+            return await super().receive(message)
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        log = []
+        async with System() as system:
+            ref = system.spawn(lambda: Staying(log, "p"))
+            question = asyncio.ensure_future(ref.ask("stay"))
+            await turns(3)
+            stops = [asyncio.ensure_future(ref.stop(grace_s)) for grace_s in (100, 7, 50)]
+            with pytest.raises(ActorStopped):
+                await question
+            assert loop.time() == 7
+            await asyncio.gather(*stops)
+            # Also its children, for whose ends it waits.
+            ref = system.spawn(lambda: Staying(log, "p", "ab"))
+            children = [await ref.ask(name) for name in "ab"]
+            questions = [asyncio.ensure_future(child.ask("stay")) for child in children]
+            await turns(3)
+            assert await ref.ask("leave") == 1
+            await asyncio.sleep(20)
+        assert loop.time() == 7 + 20 + 5 + 5
+        for outcome in await asyncio.gather(*questions, return_exceptions=True):
+            assert isinstance(outcome, ActorStopped)
+        assert log == ["p", "b", "a", "p"]
+        await asyncio.sleep(1000)
+
+    run(main())
+
+
 def test_an_actor_may_leave_but_not_wait_for_itself():
     class Selfish(Counter):
         async def receive(self, message):

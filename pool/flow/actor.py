@@ -209,6 +209,7 @@ class _Cell:
         "_children",
         "_failures",
         "_farewell",
+        "_grace_s",
         "_has_begun",
         "_has_ended",
         "_is_held",
@@ -231,6 +232,7 @@ class _Cell:
         self.mailbox: Channel[_Envelope] = Channel(self._actor.mailbox_capacity)
         self.task: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
+        self._grace_s: float | None = None  # of that
         self._supervising: asyncio.Task[None] | None = None
         # Most actors have none of these.
         self._farewell: asyncio.Future[None] | None = None  # while the object hears that it has ended
@@ -404,10 +406,22 @@ class _Cell:
         await asyncio.wait([self._stopping])
 
     def begin_stop(self, grace_s: float | None) -> None:
-        """Begin to end it for good."""
+        """Begin to end it for good; if that has begun, have it take no longer than this."""
         if self._stopping is None:
             self._refuse_messages()
-            self._stopping = asyncio.get_running_loop().create_task(self._stop(grace_s))
+            self._grace_s = grace_s
+            self._stopping = asyncio.get_running_loop().create_task(self._stop())
+        elif grace_s is not None and (self._grace_s is None or grace_s < self._grace_s):
+            self._grace_s = grace_s
+            asyncio.get_running_loop().call_later(grace_s, self._lose_patience)
+            if self._children:
+                last = next(reversed(self._children))
+                if last._stopping is not None:
+                    last.begin_stop(grace_s)
+
+    def _lose_patience(self) -> None:
+        if self.task is not None:
+            self.task.cancel()
 
     def _refuse_messages(self) -> None:
         self.mailbox.close()
@@ -416,8 +430,8 @@ class _Cell:
             assert envelope is not None, "nobody else receives"
             envelope.settle(None, ActorStopped(f"actor {self.path} has stopped"))
 
-    async def _stop(self, grace_s: float | None) -> None:
-        await self._end(grace_s)
+    async def _stop(self) -> None:
+        await self._end(self._grace_s)
         if self._parent is not None and self._parent._children is not None:
             self._parent._children.pop(self, None)
 
@@ -434,7 +448,8 @@ class _Cell:
         if self._supervising is not None:
             await asyncio.wait([self._supervising])
         while self._children:
-            await next(reversed(self._children)).stop(grace_s)
+            # Somebody may have lost patience meanwhile; a restart has none.
+            await next(reversed(self._children)).stop(0.0 if grace_s == 0 else self._grace_s)
         if not self._has_ended:
             self._has_ended = True
             self._farewell = asyncio.get_running_loop().create_future()
