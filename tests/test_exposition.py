@@ -10,6 +10,7 @@ import signal
 import subprocess
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +204,35 @@ def test_the_state_of_things_is_told(client, scrape):
         pss, uss = (samples[(f"pool_process_{kind}_bytes", *key)] for kind in ("pss", "uss"))
         assert pss >= uss > 0
         assert ("pool_process_cpu_seconds_total", *key) in samples
+
+
+def test_no_process_is_told_twice(start_server, tmp_path):
+    """While a model that was loaded again finishes what it had admitted, two workers have the same place."""
+    (tmp_path / "drill.toml").write_text("")
+    text = f'[models.one]\nbackend = "drill"\npath = "{tmp_path}"\nmax_batch_size = 4\n'
+    with (
+        start_server(tmp_path, text, server='metrics = "127.0.0.1:*"') as server,
+        Client(server.endpoint) as client,
+        Client(server.endpoint) as other,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        address = client.status()["front"]["metrics"]
+        (worker,) = client.status()["models"]["one"]["workers"]
+        os.kill(worker["pid"], signal.SIGSTOP)
+        try:
+            slow = thread.submit(other.predict, "one", inputs())
+            await_that(lambda: client.status()["models"]["one"]["workers"][0]["state"] == "busy")
+            server.config.write_text(server.config.read_text().replace("size = 4", "size = 8"))
+            os.kill(server.process.pid, signal.SIGHUP)
+            await_that(lambda: client.status()["models"]["one"]["max_batch_size"] == 8)
+            with urllib.request.urlopen(f"http://{address}/metrics", timeout=20) as page:
+                lines = page.read().decode().splitlines()
+        finally:
+            os.kill(worker["pid"], signal.SIGCONT)
+        slow.result()
+        samples = [line.rpartition(" ")[0] for line in lines if line[:1] != "#"]
+        assert len(samples) == len(set(samples))
+        assert sum('role="worker"' in sample and "uss_bytes" in sample for sample in samples) == 1
 
 
 def test_live_and_ready(page):

@@ -39,7 +39,7 @@ _ROW_BOUNDS = tuple(float(1 << i) for i in range(17))  # 1 to 65,536, the larges
 _CODES = ("OK", *sorted(CODES - {"CONFIG", "MODEL_LOAD"}))  # those two are never sent
 _CLOSED = ("full", "idle_worker", "overdue", "no_room", "rerun")
 _CAUSES = ("crashed", "hung", "killed", "not_started", "replaced")
-
+_FIGURES = ("cpu_s", "uss_bytes", "pss_bytes")  # of a process
 
 _Samples = Iterable[tuple[tuple[str, ...], float]]
 _Figure = tuple[str, str, Callable[["Serving"], float]]
@@ -280,10 +280,15 @@ class Exposition:
         )
 
     def _of_processes(self, members: list[Member]) -> Iterator[Metric]:
+        # While a model is loaded again, two workers have the same place: the old one's and the new one's.
+        by_place: dict[tuple[str, str, str], list[Usage]] = {}
+        for member in members:
+            if member.pid in self._usage:
+                place = (member.role, member.model, member.place)
+                by_place.setdefault(place, []).append(self._usage[member.pid])
         known = [
-            ((member.role, member.model, member.place), self._usage[member.pid])
-            for member in members
-            if member.pid in self._usage
+            (place, {figure: sum(usage[figure] for usage in usages) for figure in _FIGURES})
+            for place, usages in by_place.items()
         ]
         labels = ("role", "model", "worker")
         yield _counter(
