@@ -174,6 +174,11 @@ class House:
             rig.batcher.release(slot)
         self.freed()
 
+    def run_batch(self, model):
+        """Run the one batch that the model's worker can take now."""
+        (slot,) = self.start(model)
+        self.finish(model, slot)
+
     def run(self):
         """Run what there is until nothing moves."""
         while any(self._run_one(name) for name in self.rigs):
@@ -416,8 +421,7 @@ def test_an_error_names_its_step_and_ends_its_own_requests():
     def act(house):
         house.ask(1, "there", rows(1))
         house.ask(2, "back", rows(1))
-        (slot,) = house.start("double")
-        house.finish("double", slot)
+        house.run_batch("double")
         (slot,) = house.start("plus")
         assert len(slot.tickets) == 2
         house.finish("plus", slot, ModelError("of the model"))
@@ -434,8 +438,7 @@ def test_an_error_names_its_step_and_ends_its_own_requests():
 def test_one_part_that_fails_withdraws_the_others():
     def act(house):
         house.ask(1, "cascade", crops(20))
-        (slot,) = house.start("cut")
-        house.finish("cut", slot)
+        house.run_batch("cut")
         assert house.pipelines.waiting.of("cascade") == {"double": 1}
         (slot,) = house.start("double")
         house.finish("double", slot, ModelError("no"))
@@ -460,8 +463,7 @@ def test_what_killed_a_worker_is_refused_at_its_step():
     def act(house):
         plus = house.generations["plus"]
         house.ask(1, "there", rows(1))
-        (slot,) = house.start("double")
-        house.finish("double", slot)
+        house.run_batch("double")
         (slot,) = house.start("plus")
         (ticket,) = slot.tickets
         plus.poison.remember(ticket.route.layout.number, plus.read_rows(slot, ticket), "it died", 0.0)
@@ -482,8 +484,7 @@ def test_a_model_without_workers_fails_who_waits_and_who_comes():
     def act(house):
         house.ask(1, "cascade", crops(30))
         house.ask(2, "there", rows(1))
-        (cut,) = house.start("cut")
-        house.finish("cut", cut)
+        house.run_batch("cut")
         assert house.pipelines.waiting.of("cascade") == {"double": 1}
         double = house.generations["double"]
         error = Unavailable("model 'double' is failed")
@@ -569,8 +570,7 @@ def test_whoever_finds_no_room_waits_and_holds_no_slot():
     def act(house):
         fill(house, "plus")
         house.ask(1, "there", rows(2))
-        (slot,) = house.start("double")
-        house.finish("double", slot)
+        house.run_batch("double")
         assert house.pipelines.waiting.of("there") == {"plus": 1}
         assert house.rigs["double"].batcher.is_idle
         house.run()
@@ -586,14 +586,12 @@ def test_rows_come_to_a_model_when_they_find_room_in_it():
     def act(house):
         fill(house, "plus")
         house.ask(1, "there", rows(2))
-        (slot,) = house.start("double")
-        house.finish("double", slot)
+        house.run_batch("double")
         assert house.pipelines.waiting.of("there") == {"plus": 1}
         later = house.pipelines.clock() + 100
         house.pipelines.clock = lambda: later
         (execution,) = house.pipelines.executions
-        (slot,) = house.start("plus")
-        house.finish("plus", slot)
+        house.run_batch("plus")
         (part,) = (ticket for _, ticket in house.rigs["plus"].batcher.unsettled() if ticket.sink is execution)
         assert part.turn.started == part.turn.ended == later
         house.run()
@@ -607,8 +605,7 @@ def test_they_get_room_by_arrival_and_priority():
         fill(house, "plus")
         for id_, priority in ((1, 2), (2, 1), (3, 1), (4, 0)):
             house.ask(id_, "there", rows(4, id_), priority=priority)
-            (slot,) = house.start("double")
-            house.finish("double", slot)
+            house.run_batch("double")
         order = []
         send = house.sink.send_frames
         house.sink.send_frames = lambda ticket, *rest: (order.append(ticket.id), send(ticket, *rest))
@@ -625,12 +622,10 @@ def test_one_that_may_have_no_more_rows_does_not_stop_the_next():
         fill(house, "double")
         for house.client, n in ((first, 8), (second, 3)):
             house.ask(n, "cascade", crops(n))
-            (slot,) = house.start("cut")
-            house.finish("cut", slot)
+            house.run_batch("cut")
         assert house.pipelines.waiting.of("cascade") == {"double": 2}
         for waiting in (2, 1):  # then the first one has as many rows as it may, and still waits
-            (slot,) = house.start("double")
-            house.finish("double", slot)
+            house.run_batch("double")
             assert house.pipelines.waiting.of("cascade") == {"double": waiting}
         (execution,) = (e for e in house.pipelines.executions if e.waits_at)
         assert execution.whole.client is first
@@ -647,8 +642,7 @@ def test_a_defect_while_one_waits_is_its_own(monkeypatch):
         fill(house, "plus")
         for id_ in (1, 2):
             house.ask(id_, "there", rows(2, id_))
-            (slot,) = house.start("double")
-            house.finish("double", slot)
+            house.run_batch("double")
         assert house.pipelines.waiting.of("there") == {"plus": 2}
         plus = house.generations["plus"]
         place = plus.fill
@@ -658,8 +652,7 @@ def test_a_defect_while_one_waits_is_its_own(monkeypatch):
             raise ZeroDivisionError
 
         monkeypatch.setattr(plus, "fill", fail_once)
-        (slot,) = house.start("plus")
-        house.finish("plus", slot)
+        house.run_batch("plus")
         assert house.pipelines.waiting.of("there") == {}
         house.run()
         house.check()
@@ -676,8 +669,7 @@ def test_a_deadline_passes_while_it_waits():
         now = house.pipelines.clock()
         for id_, deadline in ((1, now + 0.05), (2, now + 0.02), (3, inf)):
             house.ask(id_, "there", rows(1), deadline=deadline)
-        (slot,) = house.start("double")
-        house.finish("double", slot)
+        house.run_batch("double")
         assert house.pipelines.waiting.of("there") == {"plus": 3}
         while house.pipelines.waiting.of("there") != {"plus": 1}:
             await asyncio.sleep(0.001)
