@@ -8,13 +8,14 @@
 It needs an asyncio loop and, for predictions, a `pool.Predictor`: a `Pool` or an `AsyncClient`.
 """
 
-from pool.flow.actor import Actor, ActorStopped, Directive, Ref, Supervision, System
+from pool.flow.actor import Actor, ActorStopped, Ref, System
 from pool.flow.channel import Channel, ChannelClosed, select
 from pool.flow.deadline import within
 from pool.flow.model import Model
 from pool.flow.pipeline import Pipeline, Pipelines, Step, each, fork
 from pool.flow.registry import Registry
 from pool.flow.stages import fan_in, fan_out, stage
+from pool.flow.supervision import Directive, Supervision
 
 __all__ = [
     "Actor",

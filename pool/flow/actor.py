@@ -16,10 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from enum import Enum
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -27,6 +24,7 @@ from pool.errors import Cancelled
 from pool.flow.channel import Channel, ChannelClosed
 from pool.flow.deadline import cancels, within
 from pool.flow.registry import Registry
+from pool.flow.supervision import Children, Supervision
 
 log = logging.getLogger("pool.flow")
 
@@ -39,35 +37,6 @@ K = TypeVar("K", bound=Hashable)
 
 class ActorStopped(Exception):
     """The actor has stopped, or was restarted while it worked on the message."""
-
-
-class Directive(Enum):
-    """What becomes of a child that failed."""
-
-    RESTART = "restart"
-    STOP = "stop"
-    ESCALATE = "escalate"
-
-
-def _always_restart(_: Exception) -> Directive:
-    return Directive.RESTART
-
-
-@dataclass(frozen=True)
-class Supervision:
-    """How a parent treats children that fail.
-
-    Attributes:
-        one_for_all: Whether a restart is one of all children.
-        max_restarts: Most restarts of all children together within `within_s`; one more escalates.
-        within_s: Seconds.
-        decide: Of an error, what to do. What it raises counts as ESCALATE.
-    """
-
-    one_for_all: bool = False
-    max_restarts: int = 3
-    within_s: float = 5.0
-    decide: Callable[[Exception], Directive] = _always_restart
 
 
 class Actor(Generic[Message, Reply]):
@@ -200,24 +169,26 @@ class _Envelope:
 class _Cell:
     """What lasts of an actor from one object to the next: its place, its mailbox, its children.
 
-    Three kinds of tasks touch it: the worker (`_work`), at most one, that calls the object; the one that
-    decides about children that failed (`_supervise`), at most one; and the one that ends it (`_stop`).
+    Three kinds of tasks touch it: the worker (`_work`), at most one, that calls the object; that of its
+    parent which decides about children that failed (`pool.flow.supervision`); and the one that ends it
+    (`_stop`).
+
+    Attributes:
+        actor: The object that it is now.
+        is_held: Whether its parent is to decide about it, or it is being ended.
     """
 
     __slots__ = (
-        "_actor",
         "_children",
-        "_failures",
         "_farewell",
         "_grace_s",
         "_has_begun",
         "_has_ended",
-        "_is_held",
         "_make",
         "_parent",
-        "_restarts",
         "_stopping",
-        "_supervising",
+        "actor",
+        "is_held",
         "mailbox",
         "path",
         "task",
@@ -226,27 +197,24 @@ class _Cell:
     def __init__(self, parent: _Cell | None, make: Callable[[], Actor[Any, Any]], name: str) -> None:
         self._parent = parent
         self._make = make
-        self._actor = make()
-        name = name or type(self._actor).__name__
+        self.actor = make()
+        name = name or type(self.actor).__name__
         self.path: str = name if parent is None else f"{parent.path}/{name}"
-        self.mailbox: Channel[_Envelope] = Channel(self._actor.mailbox_capacity)
+        self.mailbox: Channel[_Envelope] = Channel(self.actor.mailbox_capacity)
         self.task: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._grace_s: float | None = None  # of that
-        self._supervising: asyncio.Task[None] | None = None
         # Most actors have none of these.
         self._farewell: asyncio.Future[None] | None = None  # while the object hears that it has ended
-        self._children: dict[_Cell, None] | None = None  # in the order of their beginning
-        self._failures: deque[tuple[_Cell, Actor[Any, Any], Exception]] | None = None
-        self._restarts: deque[float] | None = None
+        self._children: Children[_Cell] | None = None
         self._enliven()
 
     def _enliven(self) -> None:
         """Let a new object work."""
-        self._actor._cell = self
-        self._has_begun = type(self._actor).started is Actor.started
+        self.actor._cell = self
+        self._has_begun = type(self.actor).started is Actor.started
         self._has_ended = False
-        self._is_held = False  # its parent is to decide, or is ending it
+        self.is_held = False  # its parent is to decide, or is ending it
         if not self._has_begun or self.mailbox:
             self._start_work()
 
@@ -262,11 +230,11 @@ class _Cell:
             await self.mailbox.send(envelope)
         except ChannelClosed:
             raise ActorStopped(f"actor {self.path} has stopped") from None
-        if self.task is None and not self._is_held:
+        if self.task is None and not self.is_held:
             self._start_work()
 
     def _start_work(self) -> None:
-        self.task = asyncio.get_running_loop().create_task(self._work(self._actor))
+        self.task = asyncio.get_running_loop().create_task(self._work(self.actor))
 
     async def _work(self, actor: Actor[Any, Any]) -> None:
         """Work off the mailbox until it is empty."""
@@ -274,7 +242,7 @@ class _Cell:
             if not self._has_begun:
                 self._has_begun = True
                 await actor.started()
-            while not self._is_held:
+            while not self.is_held:
                 envelope = None if self.mailbox.is_ended else self.mailbox.receive_nowait()
                 if envelope is None:
                     return
@@ -283,9 +251,9 @@ class _Cell:
         except asyncio.CancelledError:
             if self._is_ending():
                 raise
-            self._fail(Cancelled(f"what actor {self.path} waited for was cancelled"))
+            self.fail(Cancelled(f"what actor {self.path} waited for was cancelled"))
         except Exception as e:
-            self._fail(e)
+            self.fail(e)
         finally:
             self.task = None
 
@@ -304,7 +272,7 @@ class _Cell:
     def _is_ending(self) -> bool:
         """Of a worker that met a cancel: whether it was meant, and not what its object waited for."""
         task = self.task
-        return self._is_held or (task is not None and cancels(task) > 0)
+        return self.is_held or (task is not None and cancels(task) > 0)
 
     def check_not_own(self, what: str) -> None:
         """Refuse what would wait for the task that asks for it."""
@@ -323,81 +291,34 @@ class _Cell:
             raise ActorStopped(f"actor {self.path} has stopped")
         child = _Cell(self, make, name)
         if self._children is None:
-            self._children = {}
-        self._children[child] = None
+            self._children = Children(self)
+        self._children.add(child)
         return child
 
-    def _fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
         """Do nothing more until the parent has decided."""
-        self._is_held = True
+        self.is_held = True
         log.warning("actor failed actor=%s error=%r", self.path, error)
         assert self._parent is not None, "the last parent is no actor"
-        self._parent.child_failed(self, self._actor, error)
+        assert self._parent._children is not None, "it is one of them"
+        self._parent._children.failed(self, error)
 
-    def child_failed(self, child: _Cell, actor: Actor[Any, Any], error: Exception) -> None:
-        """Decide what becomes of a child, in a task of its own."""
-        if self._failures is None:
-            self._failures = deque()
-        self._failures.append((child, actor, error))
-        if self._supervising is None:
-            self._supervising = asyncio.get_running_loop().create_task(self._supervise(self._failures))
-
-    async def _supervise(self, failures: deque[tuple[_Cell, Actor[Any, Any], Exception]]) -> None:
-        try:
-            while failures and not self._is_held:  # held: whatever becomes of this one, its children end
-                child, actor, error = failures.popleft()
-                if child._actor is not actor or child._stopping is not None:
-                    continue  # replaced since, or ending
-                directive = self._decide(error)
-                if directive is Directive.ESCALATE:
-                    self._fail(error)
-                elif directive is Directive.STOP:
-                    await child.stop(0.0)
-                else:
-                    await self._restart(child)
-        finally:
-            failures.clear()
-            self._supervising = None
-
-    def _decide(self, error: Exception) -> Directive:
-        supervision = self._actor.supervision
-        try:
-            directive = supervision.decide(error)
-        except Exception:
-            log.exception("cannot decide actor=%s", self.path)
-            return Directive.ESCALATE
-        if directive is not Directive.RESTART:
-            return directive
-        now = asyncio.get_running_loop().time()
-        if self._restarts is None:
-            self._restarts = deque()
-        while self._restarts and self._restarts[0] <= now - supervision.within_s:
-            self._restarts.popleft()
-        if len(self._restarts) >= supervision.max_restarts:
-            return Directive.ESCALATE
-        self._restarts.append(now)
-        return directive
-
-    async def _restart(self, child: _Cell) -> None:
-        group = [child]
-        if self._actor.supervision.one_for_all:
-            group = list(self._children or ())
-        for each in reversed(group):
-            await each._end(0.0)
-        for each in group:
-            if each._stopping is None and not self._is_held:
-                each._renew()
-
-    def _renew(self) -> None:
+    def renew(self) -> None:
+        """Begin a new object."""
         try:
             actor = self._make()
         except Exception as e:
-            self._fail(e)
+            self.fail(e)
             return
-        self._actor = actor
+        self.actor = actor
         self._enliven()
 
     # -- the end ------------------------------------------------------------------------------------
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether it ends for good."""
+        return self._stopping is not None
 
     async def stop(self, grace_s: float | None) -> None:
         """End it for good, within any number of callers; `grace_s` as for `Ref.stop`, None for any time."""
@@ -414,10 +335,9 @@ class _Cell:
         elif grace_s is not None and (self._grace_s is None or grace_s < self._grace_s):
             self._grace_s = grace_s
             asyncio.get_running_loop().call_later(grace_s, self._lose_patience)
-            if self._children:
-                last = next(reversed(self._children))
-                if last._stopping is not None:
-                    last.begin_stop(grace_s)
+            last = None if self._children is None else self._children.newest
+            if last is not None and last.is_stopping:
+                last.begin_stop(grace_s)
 
     def _lose_patience(self) -> None:
         if self.task is not None:
@@ -431,13 +351,13 @@ class _Cell:
             envelope.settle(None, ActorStopped(f"actor {self.path} has stopped"))
 
     async def _stop(self) -> None:
-        await self._end(self._grace_s)
+        await self.end(self._grace_s)
         if self._parent is not None and self._parent._children is not None:
-            self._parent._children.pop(self, None)
+            self._parent._children.remove(self)
 
-    async def _end(self, grace_s: float | None) -> None:
+    async def end(self, grace_s: float | None) -> None:
         """End the object: the message under way, then its children, then itself."""
-        self._is_held = True
+        self.is_held = True
         task = self.task
         if task is not None and grace_s != 0:
             await asyncio.wait([task], timeout=grace_s)
@@ -445,16 +365,16 @@ class _Cell:
             task.cancel()
             await asyncio.wait([task])
         self.task = None  # which one that was cancelled before it ran did not do
-        if self._supervising is not None:
-            await asyncio.wait([self._supervising])
-        while self._children:
-            # Somebody may have lost patience meanwhile; a restart has none.
-            await next(reversed(self._children)).stop(0.0 if grace_s == 0 else self._grace_s)
+        if self._children is not None:
+            await self._children.settled()
+            while (child := self._children.newest) is not None:
+                # Somebody may have lost patience meanwhile; a restart has none.
+                await child.stop(0.0 if grace_s == 0 else self._grace_s)
         if not self._has_ended:
             self._has_ended = True
             self._farewell = asyncio.get_running_loop().create_future()
             try:
-                await self._actor.stopped()
+                await self.actor.stopped()
             except Exception:
                 log.exception("cannot stop in order actor=%s", self.path)
             finally:
@@ -478,8 +398,8 @@ class _Root(_Cell):
         super().__init__(None, lambda: _Guardian(supervision), "system")
         self.on_failed = on_failed
 
-    def _fail(self, error: Exception) -> None:
-        self._is_held = True
+    def fail(self, error: Exception) -> None:
+        self.is_held = True
         self.on_failed(error)
 
 
