@@ -161,6 +161,30 @@ def test_there_are_never_two_of_one_key_nor_too_many(seed, uses, limit):
     run(main(), seed)
 
 
+def test_what_goes_wrong_in_letting_go_is_heard_when_it_closes():
+    """And all others are let go."""
+
+    async def main():
+        shop = Shop()
+        for key in "abc":
+            await shop.registry.get(key)
+
+        async def let_go(value):
+            await asyncio.sleep(1)
+            if value.key == "b":
+                raise ZeroDivisionError
+            shop.gone.append(value.key)
+
+        shop.registry._let_go = let_go
+        with pytest.raises(ZeroDivisionError):
+            await shop.registry.close()
+        assert sorted(shop.gone) == ["a", "c"]
+        assert await shop.registry.get("b")
+        shop.registry.forget()
+
+    run(main())
+
+
 @pytest.mark.parametrize("idle_s", [0, -1.0, float("nan")])
 def test_a_value_stays_for_some_time(idle_s):
     """A busy one would be looked at again and again in the same turn of the loop, which would never end."""

@@ -245,7 +245,11 @@ class Pipelines(Generic[State, In, Out]):
         return await (await self._registry.get(key)).send(message, timeout=timeout)
 
     async def close(self) -> None:
-        """Let all go: each finishes its message first; what is saved is saved when this returns."""
+        """Let all go: each finishes its message first; what is saved is saved when this returns.
+
+        Raises:
+            Exception: what `save` raised for one of them; the others are saved all the same.
+        """
         await self._registry.close()
 
     async def _let_go(self, pipeline: Pipeline[State, In, Out]) -> None:

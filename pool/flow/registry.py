@@ -100,12 +100,19 @@ class Registry(Generic[K, V]):
             self._leaving[key] = asyncio.get_running_loop().create_task(self._end(key, entry.value))
 
     async def close(self) -> None:
-        """Let all go, the newest first, and wait until they are gone."""
+        """Let all go, the newest first, and wait until they are gone.
+
+        Raises:
+            Exception: what letting one go raised; all have been let go all the same.
+        """
         for key in reversed(list(self._entries)):
             self.drop(key)
         self.forget()
+        leaving = list(self._leaving.values())
         while self._leaving:
             await asyncio.wait(list(self._leaving.values()))
+        for task in leaving:
+            task.result()
 
     def forget(self) -> None:
         """Keep no value and no timer any more; somebody else ends the values."""
