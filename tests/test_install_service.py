@@ -276,6 +276,27 @@ def test_closed_folders(tmp_path):
     assert not visibility.is_closed(folder / "absent")
 
 
+@pytest.mark.parametrize(
+    ("user", "mode", "is_closed"),
+    [
+        ((None, None), 0o770, True),
+        ((None, None), 0o771, False),
+        ((os.getuid(), None), 0o700, False),
+        ((os.getuid(), os.getgid()), 0o670, True),  # to its owner, whatever others may
+        ((None, os.getgid()), 0o750, False),
+        ((None, os.getgid()), 0o701, True),
+    ],
+)
+def test_whom_a_folder_is_closed_to(tmp_path, monkeypatch, user, mode, is_closed):
+    """As the kernel decides: the owner's mode is for the owner, the group's for his group."""
+    monkeypatch.setattr(visibility, "_user", lambda: user)
+    tmp_path.chmod(mode)
+    try:
+        assert visibility.is_closed(tmp_path) is is_closed
+    finally:
+        tmp_path.chmod(0o700)
+
+
 def test_make_passes_its_folder_on(tmp_path):
     """`make -n`: what would be run."""
     told = subprocess.run(

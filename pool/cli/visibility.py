@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import grp
 import os
+import pwd
 import stat
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from pool.config import Config
@@ -22,8 +24,8 @@ from pool.errors import ConfigError
 HOMES = ("/home", "/root", "/run/user")
 TEMPORARY = ("/tmp", "/var/tmp")
 
-# The group that servers run in (`systemd/sysusers.d`).
-_GROUP = "pool"
+# The user that servers run as, and his group (`systemd/sysusers.d`).
+_USER = "pool"
 
 _ASK_TIMEOUT_S = 60.0
 
@@ -117,11 +119,18 @@ def is_closed(path: str | Path) -> bool:
     """Whether the user `pool` may not enter a folder, or not read a file, as far as owner and mode tell."""
     try:
         found = os.stat(path)
-        if found.st_mode & (stat.S_IXOTH if stat.S_ISDIR(found.st_mode) else stat.S_IROTH):
-            return False
-        return found.st_gid != _gid() and "system.posix_acl_access" not in os.listxattr(path)
     except OSError:  # not there, or not for us to see
         return False
+    with suppress(OSError):  # there are file systems without
+        if "system.posix_acl_access" in os.listxattr(path):  # which may say anything
+            return False
+    wanted = stat.S_IXOTH if stat.S_ISDIR(found.st_mode) else stat.S_IROTH
+    uid, gid = _user()
+    if found.st_uid == uid:
+        wanted <<= 6
+    elif found.st_gid == gid:
+        wanted <<= 3
+    return not found.st_mode & wanted
 
 
 def drop_in(reason: str, paths: list[str], closed: Iterable[str] = (), *, must_exist: bool) -> str:
@@ -158,11 +167,14 @@ def _word(path: str, mark: str = "") -> str:
     return f'"{word}"' if " " in word else word
 
 
-def _gid() -> int | None:
-    try:
-        return grp.getgrnam(_GROUP).gr_gid
-    except KeyError:  # it is made later
-        return None
+def _user() -> tuple[int | None, int | None]:
+    """Number and group of the user `pool`; None before they are made."""
+    uid = gid = None
+    with suppress(KeyError):
+        uid = pwd.getpwnam(_USER).pw_uid
+    with suppress(KeyError):
+        gid = grp.getgrnam(_USER).gr_gid
+    return uid, gid
 
 
 def _is_within(path: str, folder: str) -> bool:
