@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import weakref
 from math import inf
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -24,6 +27,7 @@ from pool.errors import (
     Unavailable,
     WireError,
 )
+from pool.front import pipeline as front_pipeline
 from pool.front.clients import Client
 from pool.front.pipelines import Pipelines
 from pool.front.slots import Account, Ticket, Turn
@@ -200,6 +204,7 @@ class House:
         for metrics in self.pipelines.metrics.values():
             assert metrics.under_way == 0
             assert not self.pipelines.waiting.of(metrics.model)
+        assert not self.pipelines.waiting._queues, "or a generation that is no more would be kept"
         for id_, answer in self.sink.answers.items():
             if not isinstance(answer, PoolError):
                 self.check_answer(id_, answer)
@@ -369,6 +374,65 @@ def test_what_is_wrong_with_a_request_is_told_before_anything_runs():
     scene(act)
 
 
+def test_what_only_a_later_step_takes_is_looked_at_at_the_door():
+    both = {
+        "both": PipelineConfig(
+            steps=(step("double", x="request.x"), step("plus", x="request.late")),
+            outputs={"a": "double.y", "b": "plus.y"},
+        )
+    }
+
+    def act(house):
+        pipeline = house.pipelines.served["both"]
+        metas = tuple(TensorMeta(name, "float32", (2,)) for name in ("x", "late"))
+        route = pipeline.resolve(PredictMeta("both", None, None, metas))
+        with pytest.raises(WireError, match="tensor frame 1 has 7 bytes; wanted 8"):
+            pipeline.place(house.ticket(1, route, 1), [bytes(8), bytes(7)], 0.0)
+        house.check()
+
+    scene(act, configs=both)
+
+
+def test_settings_that_change_hold_for_the_next_request():
+    def act(house):
+        house.ask(1, "there", rows(3))
+        house.run()
+        double = house.generations["double"]
+        double.apply(msgspec.structs.replace(double.config, max_inflight_rows=2))
+        house.pipelines.forget()  # as the engine does
+        with pytest.raises(TooLarge, match="model 'm' takes at most 2 of one client"):
+            house.ask(2, "there", rows(3))
+        house.ask(3, "there", rows(2))
+        house.run()
+        house.check()
+
+    scene(act)
+
+
+def test_shapes_without_end_are_not_all_remembered(monkeypatch):
+    wide = signature({"x": ("float32", (None, None))}, {"y": ("float32", (None, None))})
+    monkeypatch.setattr(front_pipeline, "_REMEMBERED_MAX", 3)
+
+    def act(house):
+        house.rigs["double"].close()
+        house.rigs["double"] = Rig(
+            generation(wide, max_batch_size=4, slots=2, max_rows_bytes=1024), NumpyModel(FUNCTIONS["double"])
+        )
+        pipeline = {"p": PipelineConfig(steps=(step("double", x="request.x"),))}
+        house.pipelines.serve(house.pipelines.wire(pipeline, house.generations))
+        served = house.pipelines.served["p"]
+        for width in (*range(1, 9), 1):
+            x = np.full((2, width), width, np.float32)
+            house.ask(width if width not in house.asked else "again", "p", {"x": x})
+            house.run()
+            assert max(len(served._routes), len(served._replies)) <= 3
+        for id_, answer in house.sink.answers.items():
+            width = 1 if id_ == "again" else id_
+            assert np.array_equal(answer["y"], np.full((2, width), 2 * width, np.float32))
+
+    scene(act)
+
+
 def test_a_bundle_is_admitted_one_by_one():
     def act(house):
         pipeline = house.pipelines.served["back"]
@@ -448,6 +512,83 @@ def test_one_part_that_fails_withdraws_the_others():
     scene(act)
 
 
+def test_inputs_of_a_step_that_do_not_agree_end_its_request():
+    crooked = signature(
+        {"x": ("float32", (None, 2)), "z": ("float32", (None, 2))}, {"y": ("float32", (None, 2))}
+    )
+    pipeline = {
+        "p": PipelineConfig(
+            steps=(step("cut", n="request.n", x="request.x"), step("plus", x="cut.rows", z="request.z"))
+        )
+    }
+
+    def act(house):
+        house.rigs["plus"].close()
+        house.rigs["plus"] = Rig(
+            generation(crooked, max_batch_size=4, slots=2, max_rows_bytes=1024),
+            NumpyModel(FUNCTIONS["double"]),
+        )
+        house.pipelines.serve(house.pipelines.wire(pipeline, house.generations))
+        house.ask(1, "p", crops(3) | {"z": np.ones((2, 2), np.float32)})
+        house.run()
+        error = house.sink.answers[1]
+        assert isinstance(error, InvalidInput)
+        assert error.message == (
+            "step 'plus' of pipeline 'p': its inputs must have equally many rows; got 'x' of shape [3, 2], "
+            "'z' of shape [2, 2]"
+        )
+        house.check()
+
+    scene(act)
+
+
+def test_a_defect_after_a_step_is_for_its_own_request(monkeypatch, caplog):
+    """And not for those whose rows were in the same batch."""
+
+    def act(house):
+        first, second = (house.ask(i, "there", rows(1, i)) for i in (1, 2))
+        (execution,) = (e for e in house.pipelines.executions if e.whole is first)
+
+        def fail(*_):
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(execution, "_leave", fail)
+        house.run()
+        house.check()
+        assert isinstance(house.sink.answers[1], InternalError)
+        assert (
+            house.sink.answers[1].message
+            == "step 'double' of pipeline 'there': ZeroDivisionError after the step"
+        )
+        assert not isinstance(house.sink.answers[2], PoolError)
+        assert second.is_settled
+
+    scene(act)
+    caplog.clear()  # its traceback has views of a slot
+
+
+def test_what_is_withdrawn_is_freed_without_the_garbage_collector():
+    def act(house):
+        gc.disable()
+        try:
+            house.ask(1, "there", rows(6))
+            (execution,) = house.pipelines.executions
+            (slot,) = house.start("double")
+            execution.withdraw()
+            freed = weakref.ref(execution)
+            del execution
+            house.finish("double", slot)
+            house.run()
+            del slot
+            assert freed() is None
+        finally:
+            gc.enable()
+        del house.asked[1]
+        house.check()
+
+    scene(act)
+
+
 def test_a_row_that_no_slot_holds_ends_its_request():
     long = {"there": PipelineConfig(steps=(step("shout", word="request.s"),))}
 
@@ -498,6 +639,25 @@ def test_a_model_without_workers_fails_who_waits_and_who_comes():
         house.run()
         house.check()
         assert {type(answer) for answer in house.sink.answers.values()} == {Unavailable}
+
+    scene(act)
+
+
+def test_hundreds_that_wait_for_a_model_without_workers_are_told_one_after_the_other():
+    """Not one within the other: each that ends has those that wait looked at again."""
+    count = 300
+
+    def act(house):
+        fill(house, "plus")
+        for i in range(count):
+            house.ask(i, "there", rows(1, i))
+            house.run_batch("double")
+        assert house.pipelines.waiting.of("there") == {"plus": count}
+        house.lost[house.generations["plus"]] = "model 'plus' is failed"
+        house.freed()
+        assert {type(answer) for answer in house.sink.answers.values()} == {Unavailable}
+        house.run()
+        house.check()
 
     scene(act)
 

@@ -192,6 +192,11 @@ def test_one_step_for_one_request_makes_it_a_pipeline_for_one():
             'steps[1].inputs.x: must be float32 [any, 4], got "double.z: int64 [any]"',
         ),
         (
+            [step("double", x="request.x"), step("any", a="double.z", b="request.b")],
+            None,
+            'steps[1].inputs.a: must be float32 of any rank, got "double.z: int64 [any]"',
+        ),
+        (
             [step("double", x="request.x"), step("double", "b", x="double.w")],
             None,
             'steps[1].inputs.x: must be an output of that step (y, z), got "double.w"',
