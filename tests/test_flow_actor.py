@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -208,6 +209,28 @@ def test_what_it_waits_for_may_be_cancelled_by_others(when):
     run(main())
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tasks do not count their cancels before Python 3.11")
+def test_a_loop_that_ends_restarts_nobody():
+    made = []
+
+    def make():
+        made.append(Counter())
+        return made[-1]
+
+    async def main():
+        system = System()
+        question = asyncio.ensure_future(system.spawn(make).ask("sleep"))
+        await turns(3)
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await asyncio.wait([question])
+        await turns(5)
+        assert len(made) == 1
+        await system.stop()
+
+    run(main())
+
+
 def test_too_many_restarts_escalate_to_the_system():
     async def main():
         log = []
@@ -335,6 +358,55 @@ def test_what_escalates_ends_the_parent_and_all_its_children():
                 with pytest.raises(ActorStopped):
                     await old.ask("x")
             assert await (await parent.ask("a")).ask("x") == 1
+
+    run(main())
+
+
+def test_nothing_begins_anew_below_one_that_ends():
+    made = []
+
+    class Slow(Counter):
+        async def stopped(self):
+            await asyncio.sleep(5)
+
+    def make():
+        made.append(Slow())
+        return made[-1]
+
+    class Above(Counter):
+        async def receive(self, _):
+            return self.spawn(make)
+
+    async def main():
+        async with System() as system:
+            parent = system.spawn(Above)
+            child = await parent.ask("child")
+            with pytest.raises(Crash):
+                await child.ask("crash")
+            await asyncio.sleep(1)  # it is to be restarted, as soon as it has ended
+            await parent.stop()
+            assert asyncio.get_running_loop().time() == 5
+        assert len(made) == 1
+
+    run(main())
+
+
+def test_of_children_that_fail_together_one_fails_their_parent():
+    decided = []
+
+    def decide(error):
+        decided.append(error)
+        return Directive.ESCALATE
+
+    async def main():
+        log = []
+        async with System() as system:
+            parent = system.spawn(lambda: Parent(log, "p", "ab", Supervision(decide=decide)))
+            refs = [await parent.ask(name) for name in "ab"]
+            await asyncio.gather(*(ref.ask("crash") for ref in refs), return_exceptions=True)
+            await turns(10)
+            assert log == ["b", "a", "p"]
+        assert len(decided) == 1
 
     run(main())
 

@@ -82,6 +82,25 @@ def test_as_many_are_under_way_as_there_is_room_for(seed, users, cancels, knows)
     run(main(), seed)
 
 
+def test_a_place_that_one_was_given_and_cancelled_goes_to_the_next():
+    async def main():
+        model = Model(Desk(), "m", in_flight=1)
+
+        async def cancel_next(_, message):  # in the turn in which the next one is given the place
+            if message == 0:
+                tasks[1].cancel()
+            return message
+
+        pipelines = Pipelines(model.predict() | Step(cancel_next), lambda _: None)
+        tasks = [asyncio.ensure_future(pipelines.send(user, user)) for user in range(3)]
+        assert await tasks[0] == 0
+        assert await tasks[2] == 2
+        assert tasks[1].cancelled()
+        await pipelines.close()
+
+    run(main())
+
+
 def test_one_prediction_at_least_may_be_under_way():
     """With none allowed all would wait for ever."""
     for in_flight in (0, -1):

@@ -131,6 +131,7 @@ def test_a_stage_that_fails_ends_what_is_before_and_behind_it(seed, workers, whe
             await stage(fail, source, target, workers=workers)
         with pytest.raises(ChannelClosed):
             await feeding
+        assert source.is_ended
         assert len(await drain(target)) <= when + workers
 
     run(main(), seed)
