@@ -140,7 +140,8 @@ class Ref(Generic[Message, Reply]):
     async def stop(self, grace_s: float = 5.0) -> None:
         """Stop it and its children; returns when they have.
 
-        The message under way is finished, or cancelled after `grace_s`; those behind it are refused.
+        The message under way is finished, or cancelled after `grace_s`; those behind it are refused. Of
+        several who stop it, the one with the least patience counts.
         """
         self._cell.check_not_own("wait for its own end; wanted `leave`")
         await self._cell.stop(grace_s)
