@@ -11,7 +11,7 @@ import pytest
 
 SCRIPT = """
 import ctypes, os, signal, sys, time
-from pool.worker.lifeline import die_with_front
+from pool.shm.lifeline import die_with_front
 die_with_front(int(sys.argv[1]))
 print("ready", flush=True)
 {state}

@@ -224,6 +224,21 @@ class Arena:
         ]
         self._described: list[bytes] = [b""] * slots
 
+    @staticmethod
+    def make_memory(slots: int, slot_bytes: int) -> int:
+        """A memfd for an arena, its memory reserved; the caller's. Takes long if it is large.
+
+        Raises:
+            ConfigError: the machine has not that much memory.
+        """
+        fd = os.memfd_create("pool-arena", os.MFD_CLOEXEC)
+        try:
+            reserve(fd, slots * slot_bytes)
+        except (MemoryError, OSError) as e:
+            os.close(fd)
+            raise _no_memory(slots, slot_bytes, e) from None
+        return fd
+
     @classmethod
     def create(cls, slots: int, slot_bytes: int) -> Arena:
         """Make an arena, its memory reserved now: a full machine is an error here, not a SIGBUS under load.
@@ -231,17 +246,12 @@ class Arena:
         Raises:
             ConfigError: the machine has not that much memory.
         """
-        size = slots * slot_bytes
-        fd = os.memfd_create("pool-arena", os.MFD_CLOEXEC)
+        fd = cls.make_memory(slots, slot_bytes)
         try:
-            reserve(fd, size)
             return cls(fd, slots, slot_bytes)
-        except (MemoryError, OSError) as e:
+        except OSError as e:
             os.close(fd)
-            raise ConfigError(
-                f"arena of {slots} slots x {slot_bytes} bytes: {e}; "
-                f"lower slots, max_batch_size or max_rows_bytes"
-            ) from None
+            raise _no_memory(slots, slot_bytes, e) from None
 
     @classmethod
     def attach(cls, fd: int, slots: int, slot_bytes: int) -> Arena:
@@ -297,6 +307,10 @@ class Arena:
         (length,) = _LENGTH.unpack_from(view, 0)
         return _decode_descriptor(view[_LENGTH.size : _LENGTH.size + length])
 
+    def write_began(self, slot: int, began_ns: int) -> None:
+        """Note that a run begins, for a front that shares this worker with others (`read_began_s`)."""
+        _BEGAN.pack_into(self.slots[slot].data, RUN_RECORD_OFFSET, began_ns)
+
     def write_run_record(self, slot: int, started_ns: int, ended_ns: int, places: bytes) -> None:
         """Write the times and the encoded places of the outputs (`encode_outputs`)."""
         view = self.slots[slot].data
@@ -318,3 +332,10 @@ def encode_outputs(places: list[OutputPlace]) -> bytes:
             f"wanted at most {_OUTPUTS_MAX_BYTES}"
         )
     return encoded
+
+
+def _no_memory(slots: int, slot_bytes: int, reason: Exception) -> ConfigError:
+    return ConfigError(
+        f"arena of {slots} slots x {slot_bytes} bytes: {reason}; "
+        f"lower slots, max_batch_size or max_rows_bytes"
+    )

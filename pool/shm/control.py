@@ -11,7 +11,8 @@ SCM_RIGHTS. Orders can be long (every weight has a name), so they travel in a me
 Descriptors of a Fork, in order:
 
     loader   order, lifeline, report (write end of a pipe), weights (empty memfd)
-    worker   order, lifeline, stderr (write end of a pipe), doorbell, arena, weights (only when shared)
+    worker   order, lifeline, stderr (write end of a pipe), doorbell, regions' socket, arena,
+             joins (only when other fronts may join), weights (only when shared)
 
 The *lifeline* is the read end of a pipe whose only write end the front holds: it reads end of file
 when the front is gone, however it went.
@@ -141,6 +142,7 @@ class WorkerOrder(msgspec.Struct, frozen=True):
     allowed_batch_sizes: tuple[int, ...]
     warm_up: tuple[WarmUp, ...]
     awake_s: float = 0.0  # how long it stays awake for the next batch before it sleeps
+    is_shared: bool = False  # other fronts than the one that started it may join
 
 
 PACKET_MAX_BYTES = 65_536

@@ -125,6 +125,19 @@ def answer(sock: socket.socket) -> Message | None:
     return _decode(data)
 
 
+def answer_at_once(sock: socket.socket) -> Message | None:
+    """`answer` at an end that waits otherwise.
+
+    Raises:
+        BlockingIOError: nothing there.
+    """
+    try:
+        data = sock.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)
+    except ConnectionResetError:
+        return None
+    return _decode(data)
+
+
 def take_back(far_end: socket.socket) -> list[Message]:
     """Receive, at the worker's end, what the worker has not: each message goes to one of the two.
 

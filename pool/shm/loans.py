@@ -132,3 +132,8 @@ class Borrowed:
                 passed, memory = self._receive()
                 self._memories[passed] = memory
         self._memories.pop(number, None)
+
+    def close(self) -> None:
+        """Forget all, the socket too."""
+        self._sock.close()
+        self._memories.clear()

@@ -28,24 +28,33 @@ from pool.shm.doorbell import Message, Ring
 from pool.shm.loans import Borrowed, Place, read_places
 from pool.signature import ITEM_BYTES, Signature, dtype_name, numpy_dtype, row_items
 from pool.wire import encode_strings
+from pool.worker.fronts import serve_fronts
 
 # Bound calls kept. 32 slots x 64 batch sizes are 2,048 for one layout; an entry is a few kB of tensor
 # handles. When more shapes than this come by, all are dropped and built again on demand.
 _BOUND_MAX = 4096
 
 
-def run_worker(
-    order: WorkerOrder, doorbell_fd: int, loans_fd: int, arena_fd: int, weights_fd: int | None = None
-) -> int:
+def run_worker(order: WorkerOrder, doorbell_fd: int, loans_fd: int, arena_fd: int, *others: int) -> int:
     """Load the model, say READY, and run batches until the front closes the doorbell.
+
+    Args:
+        order: What to do.
+        doorbell_fd: The worker's end.
+        loans_fd: Of the socket over which regions come.
+        arena_fd: The arena.
+        others: The socket over which other fronts join, if the order says that they may; the weights' memfd,
+            if they are shared.
 
     Returns:
         The process's exit code: 1 if the model does not load, which the front was told why.
     """
+    joins_fd = others[0] if order.is_shared else None
+    weights_fds = others[1:] if order.is_shared else others
     sock = socket.socket(fileno=doorbell_fd)
     sock.setblocking(True)
     try:
-        model = _load(order, weights_fd)
+        model = _load(order, weights_fds[0] if weights_fds else None)
         arena = Arena.attach(arena_fd, order.slots, order.slot_bytes)
         signatures = {signature.name: signature for signature in model.signatures}
         signatures.update({w.signature.name: w.signature for w in order.warm_up})
@@ -57,6 +66,13 @@ def run_worker(
     gc.freeze()
     doorbell.ring(sock, Message(Ring.READY))
     borrowed = Borrowed(socket.socket(fileno=loans_fd))
+    if joins_fd is not None:
+
+        def make_runner(arena: Arena, borrowed: Borrowed) -> Runner:
+            return SharedRunner(model, arena, signatures, order.allowed_batch_sizes, borrowed)
+
+        joins = socket.socket(fileno=joins_fd)
+        return serve_fronts(sock, make_runner(arena, borrowed), joins, make_runner, order.awake_s)
     runner = Runner(model, arena, signatures, order.allowed_batch_sizes, borrowed)
     waiter = doorbell.Waiter(sock, order.awake_s)
     while True:
@@ -171,6 +187,13 @@ class Runner:
         for key in [key for key in self._bound if any(place.number == number for place in key[3])]:
             del self._bound[key]
         self._borrowed.give_back(number)
+
+    def close(self) -> None:
+        """Forget the arena and all that lies in it: its front has ended."""
+        self._bound.clear()
+        self._descriptors.clear()
+        self._borrowed.close()
+        self._arena.close()
 
     def _padded(self, rows: int, descriptor: BatchDescriptor) -> int:
         if not descriptor.batched:
@@ -289,6 +312,19 @@ class Runner:
             bound.targets, bound.places = targets, encoded
             bound.shapes = [target.shape for target in targets]
         return encoded
+
+
+class SharedRunner(Runner):
+    """A Runner of a worker that several fronts share: it notes when it begins.
+
+    A batch may lie behind one of another front. If the worker dies of that, or takes too long for it, the
+    note says that this one is innocent.
+    """
+
+    def run(self, message: Message) -> Message:
+        """As a Runner."""
+        self._arena.write_began(message.slot, time.monotonic_ns())
+        return super().run(message)
 
 
 def _has_strings(descriptor: BatchDescriptor) -> bool:

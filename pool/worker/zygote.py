@@ -29,7 +29,7 @@ from pool.shm import control
 
 # Not first in the fork: all forks share the imported pages, and run the code that the zygote was started
 # with even if another version is installed meanwhile.
-from pool.worker.lifeline import die_with_front
+from pool.shm.lifeline import die_with_front
 from pool.worker.loader import run_loader
 from pool.worker.loop import run_worker
 

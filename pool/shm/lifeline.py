@@ -1,4 +1,4 @@
-"""Dying with the front, whatever this process is doing. Runs in the zygote and each of its forks.
+"""Dying with the front, whatever this process is doing. Runs in zygotes, their forks, and other fronts.
 
 The lifeline is a pipe whose only write end the front holds; nothing is ever written to it. When the front is
 gone, however it went, the kernel closes that end, and sends whoever asked for it a signal: here SIGKILL. It
