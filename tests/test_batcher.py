@@ -911,3 +911,46 @@ def test_a_deadline_settles_a_ticket_that_is_set_aside():
     assert two.ticket.start == 0
     assert batcher.expire(5.0) == [one.ticket]
     assert batcher.next_wakeup() == 9.0
+
+
+# -- workers that others than this batcher give batches to, too ---------------------------------------
+
+
+def test_of_idle_workers_the_one_with_least_to_do_for_others_is_taken():
+    batcher = Batcher(4)
+    loads = {0: 1, 1: 0, 2: 0, 3: 2}
+    batcher.load_of = loads.__getitem__
+    for worker in range(4):
+        batcher.worker_ready(worker)
+    given_to = []
+    for now in range(4):
+        place(batcher, now=now)
+        ((_, worker),) = batcher.dispatch(now)
+        given_to.append(worker)
+    assert given_to == [2, 1, 0, 3]  # of equal ones, the one that was ready last
+
+
+def test_a_batch_that_its_worker_never_began_waits_again():
+    batcher = Batcher(4, timeout_s=10.0)
+    first, second = run_ahead(batcher)
+    batcher.worker_lost(0)
+    batcher.recall(second, 2.0)
+    batcher.recall(first, 2.0)
+    assert (first.runs, second.runs) == (0, 0)
+    assert first.state is SlotState.OPEN
+    assert batcher.next_wakeup() == inf
+    assert not list(batcher.running())
+    batcher.worker_ready(1)
+    assert batcher.dispatch(2.0) == [(first, 1), (second, 1)]
+
+
+def test_a_batch_that_is_looked_at_again_has_its_whole_time_from_then_on():
+    batcher = Batcher(2, timeout_s=10.0)
+    batcher.worker_ready(0)
+    slot = place(batcher).slot
+    batcher.dispatch(0.0)
+    assert batcher.overdue(10.0) == [slot]
+    batcher.look_again(slot, 10.0)
+    assert batcher.overdue(19.0) == []
+    assert batcher.next_wakeup() == 20.0
+    assert batcher.overdue(20.0) == [slot]

@@ -16,9 +16,10 @@ whenever the front comes to hear of that. While `recallable(now)` gives a slot, 
 not begun with, `recall` it and dispatch again.
 
 When a worker answers: `finish(slot, now)`, send the answers, `release(slot)`, `worker_ready(worker)`.
-When it dies: `worker_lost(worker)` at once, `reap(slot)` and `recall(ahead, now)` after the process is waited
-for, and only then may it be ready again. `next_wakeup()`
-is when to call `expire(now)`, `overdue(now)` and `dispatch(now)` again if nothing else happens before.
+When it dies: `worker_lost(worker)` at once, `recall(ahead, now)` and `reap(slot)` after the process is waited
+for (or `recall(slot, now)`, if it is known that the worker had not begun), and only then may it be ready
+again. `next_wakeup()` is when to call `expire(now)`, `overdue(now)` and `dispatch(now)` again if nothing else
+happens before.
 
 A batch that failed may run again: after `reap` its slot is HELD, and so it is after `hold` if the worker
 answered with an error. A HELD slot is released, or requeued for any worker, or dispatched to one; before
@@ -39,7 +40,7 @@ Times are float seconds on one monotonic clock, always passed in.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import inf
 
 from pool.front.forecast import Forecast
@@ -57,6 +58,9 @@ class Batcher:
             first.
         timeout_s: Longest run of a batch.
 
+    Attributes:
+        load_of: Of a worker, how much others than this batcher have given it to do: the ready one that has
+            least is taken. None if there are no others.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Batcher:
         self.max_queue_delay_s = max_queue_delay_s
         self.ageing_s = ageing_s
         self.timeout_s = timeout_s
+        self.load_of: Callable[[int], int] | None = None
         self._forecast = Forecast()
         self._now = 0.0  # the last that was passed in
         self._expected_s: float | None = None  # not known since the last event
@@ -183,7 +188,7 @@ class Batcher:
             if slot is None:
                 break
             if self._ready:
-                worker = self._ready.pop()
+                worker = self._ready.pop() if self.load_of is None else self._take_ready(self.load_of)
                 self._without_ahead.append(worker)
             elif self._may_go_ahead(slot):
                 worker = self._without_ahead.pop(0)
@@ -199,6 +204,15 @@ class Batcher:
             self.dispatch_to(slot, worker, now)
             actions.append((slot, worker))
         return actions
+
+    def _take_ready(self, load_of: Callable[[int], int]) -> int:
+        """The ready worker with the least to do for others; of several, the one used last."""
+        best, least = -1, inf
+        for i in reversed(range(len(self._ready))):
+            load = load_of(self._ready[i])
+            if load < least:
+                best, least = i, load
+        return self._ready.pop(best)
 
     def dispatch_to(self, slot: Slot, worker: int, now: float) -> None:
         """Give a batch that waits in no lane to a worker, ready or not the batcher's to know."""
@@ -320,12 +334,18 @@ class Batcher:
         return None
 
     def recall(self, slot: Slot, now: float) -> None:
-        """Its worker, which has two batches, has not begun with this and never will: it waits again."""
+        """Its worker has not begun with this batch, and never will: it waits again.
+
+        A worker that is there begins at once, unless this is one of two batches. One that others give work
+        too may have ended before.
+        """
         worker = slot.worker
         assert worker is not None, "a slot that was given to a worker"
         slot.state = next_slot_state(slot.state, SlotEvent.RECALL)
-        other = self._ahead.pop(worker)
-        if other is not slot:
+        other = self._ahead.pop(worker, None)
+        if other is None:
+            del self._running[worker]
+        elif other is not slot:
             self._running[worker] = other
             other.dispatched_at = now
         slot.worker = None
@@ -408,6 +428,11 @@ class Batcher:
                 slot.is_overdue = True
                 found.append(slot)
         return found
+
+    def look_again(self, slot: Slot, since: float) -> None:
+        """A batch that was found overdue has run only since then: it may go on until its time is up."""
+        slot.dispatched_at = since
+        slot.is_overdue = False
 
     def _was_settled(self, slot: Slot) -> None:
         """A ticket of the slot was answered before its batch was done."""

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import inf
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -20,6 +20,7 @@ import numpy as np
 from pool.config import Config, ModelConfig, ServerConfig
 from pool.errors import ModelNotFound, PoolError, Unavailable, VersionNotFound
 from pool.front.awake import Awake, Event
+from pool.front.crew import Crew, Listener
 from pool.front.generation import Generation
 from pool.front.heartbeat import Batch, Vitals
 from pool.front.logs import Log
@@ -27,6 +28,7 @@ from pool.front.metrics import ModelMetrics
 from pool.front.pipeline import Pipeline
 from pool.front.pipelines import Pipelines
 from pool.front.processes import Member
+from pool.front.replicas import Audience, Replicas
 from pool.front.route import Route
 from pool.front.serving import Serving, stopping
 from pool.front.slots import Slot, Ticket, Turn
@@ -58,6 +60,26 @@ class ServedModel:
         self.metrics = ModelMetrics(name)
 
 
+class Sharing(Protocol):
+    """Who has other fronts share the workers of this one (`pool.front.followers`)."""
+
+    async def begin(self, generation: Generation) -> Audience:
+        """A generation is about to get workers.
+
+        Raises:
+            ConfigError: the other fronts cannot be given memory for it.
+        """
+
+    async def end(self, generation: Generation) -> None:
+        """Its workers are about to end: returns when no other front needs them."""
+
+    def failed(self, generation: Generation, how: str) -> None:
+        """Its last worker was given up."""
+
+    def members(self) -> list[Member]:
+        """The processes of the other fronts."""
+
+
 class Engine:
     """Models, their batches and their workers. Make it inside a running event loop.
 
@@ -72,6 +94,7 @@ class Engine:
         turn: The present turn of the loop, for the tickets of the requests received in it.
         is_draining: Whether new requests are refused.
         is_stopping: Whether nothing runs again.
+        sharing: Who has other fronts share the workers; None if nobody does. Set before `start`.
         on_unserved: Called, each, when a route resolved earlier may be served no more: whoever keeps
             routes resolves them anew.
     """
@@ -90,6 +113,7 @@ class Engine:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = inf
         self._awake = Awake(self._loop, config.server.awake_us / 1e6)
+        self.sharing: Sharing | None = None
         self._idle: asyncio.Event = asyncio.Event()
         self._freed = asyncio.Event()  # set whenever a slot is free that was not
         self.turn = Turn(time.monotonic())
@@ -145,8 +169,21 @@ class Engine:
             known = self.models.get(name)
             metrics = None if known is None else known.metrics
             generation = Generation(name, config, report, metrics)
-            serving = Serving(generation, self._supervisor, weights_fd, self, start_timeout_s)
-            self._servings[generation] = serving
+            shared = None
+            if self.sharing is not None:
+                try:
+                    shared = await self.sharing.begin(generation)
+                except BaseException:
+                    generation.close()
+                    if weights_fd is not None:
+                        os.close(weights_fd)
+                    raise
+
+            def hire(listener: Listener) -> Replicas:
+                return Replicas(self._supervisor, generation, weights_fd, listener, start_timeout_s, shared)
+
+            serving = Serving(generation, hire, self, None if shared is None else shared.board)
+            self.adopt(serving)
             loaded(serving)
             await serving.replicas.start()
             return serving
@@ -163,6 +200,10 @@ class Engine:
             if serving is not None:
                 await self.discard(serving)
             raise
+
+    def adopt(self, serving: Serving) -> None:
+        """See to a generation from now on: its clock, and its end. Nothing is asked of it yet (`switch`)."""
+        self._servings[serving.generation] = serving
 
     def switch(self, name: str, serving: Serving) -> None:
         """Have a model served by a generation that is ready; the one before finishes what it admitted."""
@@ -230,6 +271,8 @@ class Engine:
 
     async def discard(self, serving: Serving) -> None:
         """End a generation's workers and give its memory back."""
+        if self.sharing is not None:
+            await self.sharing.end(serving.generation)
         await serving.stop()
         self._servings.pop(serving.generation, None)
         self._lost.pop(serving.generation, None)
@@ -425,9 +468,16 @@ class Engine:
             self._unserved()
         sentence = self._lost[serving.generation] = f"model {name!r} is failed: {failure}"
         serving.drop_waiting(lambda: Unavailable(sentence))
+        if self.sharing is not None:
+            self.sharing.failed(serving.generation, how)
         self.pipelines.waiting.drop(Unavailable(sentence), serving.generation)
 
     # -- looking ------------------------------------------------------------------------------------
+
+    def crew_of(self, generation: Generation) -> Crew | None:
+        """The workers of a generation; None if it has ended."""
+        serving = self._servings.get(generation)
+        return None if serving is None else serving.replicas
 
     def readiness(self) -> dict[str, bool]:
         """Per model: whether it has a worker that answered its canary; per pipeline: whether all have."""
@@ -521,6 +571,11 @@ class Engine:
         )
 
     @property
+    def lifeline_fd(self) -> int:
+        """What tells other processes that this one is gone (`pool.shm.lifeline`)."""
+        return self._supervisor.lifeline.read_fd
+
+    @property
     def zygotes_lost(self) -> dict[str, int]:
         """Zygotes that ended unasked, by backend."""
         return self._supervisor.lost
@@ -536,7 +591,7 @@ class Engine:
                 if worker.pid is not None:
                     role = "worker" if worker.role == "serving" else worker.role
                     members.append(Member(worker.pid, role, serving.generation.model, str(worker.index)))
-        return members
+        return members if self.sharing is None else members + self.sharing.members()
 
     async def status(self) -> dict[str, Any]:
         """The engine's part of the status document (`docs/operations.md`)."""

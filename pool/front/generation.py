@@ -62,13 +62,19 @@ class Generation:
         config: Its settings.
         report: What the loader found.
         metrics: What is counted of the model; its own unless given.
+        arena: Made by another front, which has planned it; owned from now on. Its own unless given.
 
     Raises:
         ConfigError: the arena cannot be allocated.
     """
 
     def __init__(
-        self, model: str, config: ModelConfig, report: LoadReport, metrics: ModelMetrics | None = None
+        self,
+        model: str,
+        config: ModelConfig,
+        report: LoadReport,
+        metrics: ModelMetrics | None = None,
+        arena: Arena | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -76,11 +82,10 @@ class Generation:
         self.metrics = metrics or ModelMetrics(model)
         self.version = report.version
         self.signatures = {signature.name: signature for signature in report.signatures}
-        slots, slot_bytes = plan_arena(config, report)
-        self.arena = Arena.create(slots, slot_bytes)
+        self.arena = arena or Arena.create(*plan_arena(config, report))
         self.views = [slot.data for slot in self.arena.slots]
         self.batcher = Batcher(
-            slots,
+            len(self.arena.slots),
             config.max_queue_delay_ms / 1e3,
             config.priority_ageing_ms / 1e3,
             config.timeout_ms / 1e3 or inf,

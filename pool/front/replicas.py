@@ -1,6 +1,4 @@
-"""The workers of one generation: started, heard, replaced, started again when they die. Runs in the front.
-
-`Replicas` decides nothing about batches: it tells the engine, its `Listener`, what happened.
+"""The workers of one generation: started, replaced, started again when they die. Runs in the front.
 
 Besides the places that the config asks for there may be, for a while: a *successor*, which takes over a
 place when it is ready (its worker has grown too large, or old); a *retiring* worker, which leaves after the
@@ -13,13 +11,13 @@ import asyncio
 import itertools
 import os
 import random
-import socket
 import time
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
 from pool.errors import ModelLoadError, PoolError
+from pool.front.crew import Crew, Listener
 from pool.front.generation import Generation
 from pool.front.logs import Log
 from pool.front.slots import Slot
@@ -28,6 +26,7 @@ from pool.front.supervisor import Supervisor, place_worker
 from pool.front.workers import End, Worker, backoff_s, fork_worker, private_bytes
 from pool.front.zygotes import Child
 from pool.shm import control, doorbell
+from pool.shm.board import Board
 from pool.shm.doorbell import Message, Ring
 
 log = Log("pool.replicas")
@@ -45,25 +44,28 @@ _TRACEBACK_GRACE_S = 0.25
 _QUARANTINE_LINGER_S = 10.0
 _MEMORY_CHECK_S = 1.0
 
+LEAD = 0  # the front that has the workers; others are numbered from 1
 
-class Listener(Protocol):
-    """What the engine hears of the workers of a generation."""
+
+class Audience(Protocol):
+    """Who passes the lives of workers on to other fronts."""
+
+    @property
+    def board(self) -> Board:
+        """Where all of them note what they gave."""
 
     def worker_ready(self, worker: Worker) -> None:
-        """It can take a batch."""
-
-    def worker_answered(self, worker: Worker, message: Message) -> None:
-        """It rang back."""
+        """It can take batches of all fronts."""
 
     def worker_leaving(self, worker: Worker) -> None:
         """It takes no more batches."""
 
-    def worker_ended(self, worker: Worker, slot: Slot | None, ahead: Slot | None, end: End) -> None:
-        """Its process is gone and waited for; `slot` is what it was running, `ahead` what was to follow."""
+    def worker_ended(self, worker: Worker, end: End) -> None:
+        """Its process is gone and waited for."""
 
 
-class Replicas:
-    """The workers of one generation.
+class Replicas(Crew):
+    """The workers of one generation, forked here.
 
     Args:
         supervisor: Provides zygotes.
@@ -71,11 +73,7 @@ class Replicas:
         weights_fd: The shared weights' memfd, or None; owned from now on.
         listener: Told what happens.
         start_timeout_s: Longest a worker may take to be ready.
-
-    Attributes:
-        workers: Those that serve, by index.
-        quarantine: The worker for what may kill it, while there is one.
-        recycled: Workers replaced because of their size or age.
+        audience: Of other fronts that share them; None if there are none.
     """
 
     def __init__(
@@ -85,23 +83,21 @@ class Replicas:
         weights_fd: int | None,
         listener: Listener,
         start_timeout_s: float,
+        audience: Audience | None = None,
     ) -> None:
+        super().__init__(generation, listener, None if audience is None else audience.board)
         self._supervisor = supervisor
-        self._generation = generation
         self._weights_fd = weights_fd
-        self._listener = listener
         self._start_timeout_s = start_timeout_s
-        self._loop = asyncio.get_running_loop()
+        self._audience = audience
         self._tasks: set[asyncio.Task[None]] = set()
         self._all_ready: asyncio.Future[None] = self._loop.create_future()
         self._is_stopping = False
         self._ids = itertools.count()
-        self._by_id: dict[int, Worker] = {}
         self._successors: dict[int, Worker] = {}  # by index
+        self._callers: set[int] = set()  # fronts that need the quarantine worker
         self._linger: asyncio.TimerHandle | None = None
         self._memory_timer: asyncio.TimerHandle | None = None
-        self.quarantine: Worker | None = None
-        self.recycled = 0
         self.workers = [self._make(i, "serving") for i in range(generation.config.workers)]
 
     def _make(self, index: int, role: str) -> Worker:
@@ -111,14 +107,6 @@ class Replicas:
         worker = Worker(next(self._ids), index, role, devices[index % len(devices)], placed)
         self._by_id[worker.id] = worker
         return worker
-
-    def everyone(self) -> list[Worker]:
-        """All workers, also those beside the places of the config."""
-        return list(self._by_id.values())
-
-    def find(self, id_: int) -> Worker:
-        """The worker with that id."""
-        return self._by_id[id_]
 
     async def start(self) -> None:
         """Start all workers and wait until each has said READY.
@@ -140,7 +128,9 @@ class Replicas:
         worker.batches_now = 0
         worker.child = None
         try:
-            child, bell = await fork_worker(self._supervisor, self._generation, self._weights_fd, worker)
+            child, bell = await fork_worker(
+                self._supervisor, self._generation, self._weights_fd, worker, self._audience is not None
+            )
         except (PoolError, OSError) as e:
             reason = e.message if isinstance(e, PoolError) else f"cannot start a worker: {e.strerror}"
             self._after_end(worker, None, End(reason, False, "not_started"), [])
@@ -163,23 +153,9 @@ class Replicas:
     def _restart(self, worker: Worker) -> None:
         worker.starting = self._spawn(self._start(worker))
 
-    def _hear(self, worker: Worker, bell: socket.socket) -> bool:
-        """Take one message; gives whether there may be more, which the loop will tell as well."""
-        try:
-            message = doorbell.answer(bell)
-        except BlockingIOError:
-            return False
-        if message is None:  # both ends are closed: `_await_end` has seen it gone
-            self._loop.remove_reader(bell.fileno())
-            return False
-        if message.kind == Ring.READY:
-            self._is_ready(worker)
-        elif message.kind == Ring.LOAD_ERROR:
-            worker.last_error = message.text
-            worker.failures = CRASH_LOOP_LIMIT  # loading again would fail again
-        else:
-            self._listener.worker_answered(worker, message)
-        return True
+    def _cannot_load(self, worker: Worker, reason: str) -> None:
+        worker.last_error = reason
+        worker.failures = CRASH_LOOP_LIMIT  # loading again would fail again
 
     def _is_ready(self, worker: Worker) -> None:
         worker.ready_s = time.monotonic() - worker.started_at
@@ -190,13 +166,11 @@ class Replicas:
         if worker.role == "successor":
             self._succeed(worker)
         self._listener.worker_ready(worker)
+        if self._audience is not None:
+            self._audience.worker_ready(worker)
         started = (WorkerState.READY, WorkerState.BUSY)
         if not self._all_ready.done() and all(w.state in started for w in self.workers):
             self._all_ready.set_result(None)
-
-    def _who(self, worker: Worker) -> dict[str, Any]:
-        """The fields by which the log names a worker."""
-        return {"model": self._generation.model, "worker": worker.index, "role": worker.role}
 
     def _check_started(self, worker: Worker, child: Child) -> None:
         if worker.child is child and worker.state is WorkerState.STARTING and not child.ended.done():
@@ -217,6 +191,11 @@ class Replicas:
         if worker.slot is slot:  # else its end is about to be told
             self._kill(worker, f"no answer for its batch within timeout_ms = {timeout_s * 1e3:g}")
 
+    def kill(self, worker: Worker, child: Child, reason: str) -> None:
+        """Another front has waited for too long: kill a worker, if its process is still that one."""
+        if worker.child is child and not child.ended.done():
+            self._kill(worker, reason)
+
     async def _await_end(self, worker: Worker, child: Child) -> None:
         code = await child.ended
         if worker.bell is not None:
@@ -226,21 +205,23 @@ class Replicas:
         self._after_end(worker, child, *worker.ended(code))
 
     def _after_end(self, worker: Worker, child: Child | None, end: End, lines: Sequence[str]) -> None:
-        slot, ahead = worker.slot, worker.ahead
-        worker.slot = worker.ahead = None
         died_in = worker.state
+        has_batch = died_in is WorkerState.BUSY or (
+            self._board is not None and self._board.others(worker.index) > 0
+        )
+        slot, ahead = self._take_batches(worker)
         if died_in is WorkerState.DRAINING:
             worker.move(WorkerEvent.STOP)
             self._forget(worker)
-            self._listener.worker_ended(worker, slot, ahead, end)
+            self._tell_ended(worker, slot, ahead, end)
             return
         if worker.ready_s is not None and time.monotonic() - worker.started_at > worker.ready_s + _STABLE_S:
             worker.failures = 0
         worker.failures += 1
-        if worker.role == "quarantine" and died_in is WorkerState.BUSY:
+        if worker.role == "quarantine" and has_batch:
             worker.failures = 0  # to die of what it runs is what it is for
         # A machine that is out of processes or descriptors for a while is no reason to give up for ever.
-        is_hopeless = child is not None and not child.refusal and died_in is not WorkerState.BUSY
+        is_hopeless = child is not None and not child.refusal and not has_batch
         if worker.failures >= CRASH_LOOP_LIMIT and is_hopeless:
             worker.last_error = worker.last_error or end.how
             worker.move(WorkerEvent.GIVE_UP)
@@ -266,9 +247,14 @@ class Replicas:
             is_given_up=worker.state is WorkerState.FAILED or None,
             last_words="\n".join(lines) or None,
         )
-        self._listener.worker_ended(worker, slot, ahead, end)
+        self._tell_ended(worker, slot, ahead, end)
         if worker.state is WorkerState.FAILED:
             self._forget(worker)
+
+    def _tell_ended(self, worker: Worker, slot: Slot | None, ahead: Slot | None, end: End) -> None:
+        if self._audience is not None:
+            self._audience.worker_ended(worker, end)
+        self._listener.worker_ended(worker, slot, ahead, end)
 
     def _forget(self, worker: Worker) -> None:
         """A worker beside the places of the config is gone for good."""
@@ -286,42 +272,6 @@ class Replicas:
         worker.move(WorkerEvent.RETRY)
         worker.restarts += 1
         self._restart(worker)
-
-    # -- batches ------------------------------------------------------------------------------------
-
-    def run(self, worker: Worker, slot: Slot) -> None:
-        """Ring a worker's doorbell: `slot` is its now, to run at once or after the one that it has."""
-        try:
-            is_lent = worker.lend(slot, self._generation.arena)
-        except OSError as e:
-            log.debug("region not lent", **self._who(worker), reason=e.strerror)
-            self._generation.settle_loans(slot)
-            is_lent = False
-        try:
-            worker.run(slot, Ring.RUN_LENT if is_lent else Ring.RUN)
-        except OSError as e:  # it is dying: its end is about to be seen, and the slot recovered then
-            log.warning("doorbell does not ring", **self._who(worker), reason=e.strerror)
-
-    def recall(self, slot: Slot) -> Slot | None:
-        """Take back the slot that a worker has ahead; gives what was taken back (`Worker.recall`)."""
-        assert slot.worker is not None
-        worker = self._by_id[slot.worker]
-        assert worker.ahead is slot, "not what the worker has ahead"
-        return worker.recall()
-
-    def finished(self, worker: Worker, now: float) -> None:
-        """The worker answered for its slot; it can take another if it has none ahead."""
-        done = worker.finish()
-        # What a retiring worker still runs counts for its place.
-        is_retiring = worker.role == "retiring" and worker.index < len(self.workers)
-        counted = self.workers[worker.index] if is_retiring else worker
-        counted.batches += 1
-        counted.rows += done.rows
-        counted.busy_s += now - max(done.dispatched_at, worker.answered_at)
-        worker.answered_at = now
-        most = self._generation.config.max_batches_per_worker
-        if most is not None and worker.batches_now >= most and worker.role == "serving":
-            self.replace(worker, f"it has run {worker.batches_now} batches")
 
     # -- replacing ----------------------------------------------------------------------------------
 
@@ -347,6 +297,8 @@ class Replicas:
     def _let_go(self, worker: Worker) -> None:
         """Have a worker leave after the batch it runs."""
         self._listener.worker_leaving(worker)
+        if self._audience is not None:
+            self._audience.worker_leaving(worker)
         if worker.state is WorkerState.BACKOFF:
             worker.move(WorkerEvent.STOP)
         elif worker.state in (WorkerState.STARTING, WorkerState.READY, WorkerState.BUSY):
@@ -394,8 +346,13 @@ class Replicas:
 
     # -- quarantine ---------------------------------------------------------------------------------
 
-    def call_quarantine(self) -> Worker:
-        """The quarantine worker, started if there is none; `worker_ready` tells when it can take a batch."""
+    def call_quarantine(self, caller: int = LEAD) -> Worker:
+        """The quarantine worker, started if there is none; `worker_ready` tells when it can take a batch.
+
+        Args:
+            caller: The front that needs it, until it dismisses it.
+        """
+        self._callers.add(caller)
         if self._linger is not None:
             self._linger.cancel()
             self._linger = None
@@ -404,9 +361,10 @@ class Replicas:
             self._restart(self.quarantine)
         return self.quarantine
 
-    def dismiss_quarantine(self) -> None:
-        """Nothing waits for the quarantine worker: it leaves unless it is called again soon."""
-        if self.quarantine is not None and self._linger is None:
+    def dismiss_quarantine(self, caller: int = LEAD) -> None:
+        """Nothing of a front waits for the quarantine worker: it leaves unless it is called again soon."""
+        self._callers.discard(caller)
+        if self.quarantine is not None and self._linger is None and not self._callers:
             self._linger = self._loop.call_later(_QUARANTINE_LINGER_S, self._end_quarantine)
 
     def _end_quarantine(self) -> None:

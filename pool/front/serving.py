@@ -24,19 +24,23 @@ from pool.errors import (
     WorkerLost,
 )
 from pool.front.awake import Event
+from pool.front.crew import Crew, Listener
 from pool.front.generation import Generation
 from pool.front.logs import Log
-from pool.front.replicas import Replicas
 from pool.front.replies import Sink
 from pool.front.route import Route
 from pool.front.slots import Slot, Ticket
 from pool.front.states import WorkerState
-from pool.front.supervisor import Supervisor
 from pool.front.trials import Trials
 from pool.front.workers import End, Worker
+from pool.shm.board import Board
 from pool.shm.doorbell import Message, Ring
 
 log = Log("pool.serving")
+
+# Workers that may die before they begin with a batch until it is not believed any more: a model that writes
+# anywhere could make its own batches look so.
+_SPARED_MOST = 8
 
 
 class Host(Protocol):
@@ -64,10 +68,10 @@ class Serving:
 
     Args:
         generation: Loaded.
-        supervisor: Provides zygotes.
-        weights_fd: The shared weights' memfd, or None; owned from now on.
+        hire: Makes its workers, which tell this what happens.
         host: Told what concerns the whole.
-        start_timeout_s: Longest a worker may take to be ready.
+        board: Where fronts that share the workers note what they gave, owned from now on; None if there is
+            but one.
 
     Attributes:
         running: Batches that workers have.
@@ -76,19 +80,21 @@ class Serving:
     def __init__(
         self,
         generation: Generation,
-        supervisor: Supervisor,
-        weights_fd: int | None,
+        hire: Callable[[Listener], Crew],
         host: Host,
-        start_timeout_s: float,
+        board: Board | None = None,
     ) -> None:
         self.generation = generation
-        self.replicas = Replicas(supervisor, generation, weights_fd, self, start_timeout_s)
+        self.replicas = hire(self)
         self.trials = Trials(generation, self.replicas, refuse, self._run_trial)
         self.running = 0
         self._batcher = generation.batcher
         self._host = host
         self._loop = asyncio.get_running_loop()
         self._is_closed = False
+        self._board = board
+        if board is not None:
+            self._batcher.load_of = lambda id_: board.others(self.replicas.find(id_).index)
 
     def drop_waiting(self, error: Callable[[], PoolError]) -> None:
         """Answer every request that no worker has started."""
@@ -106,6 +112,8 @@ class Serving:
         await self.replicas.stop()
         self._is_closed = True
         self.generation.close()
+        if self._board is not None:
+            self._board.close()
 
     # -- batches out --------------------------------------------------------------------------------
 
@@ -154,8 +162,26 @@ class Serving:
             late = DeadlineExceeded(f"no answer within the request's timeout; waited {waited_ms:.0f} ms")
             ticket.sink.send_error(ticket, late)
         for slot in self._batcher.overdue(now):
-            self.replicas.interrupt(slot, self._batcher.timeout_s)
+            if self._is_overdue(slot, now):
+                self.replicas.interrupt(slot, self._batcher.timeout_s)
         self.advance(now)
+
+    def _is_overdue(self, slot: Slot, now: float) -> bool:
+        """Whether a batch has run for too long, and did not wait behind one of another front."""
+        if self._board is None:
+            return True
+        timeout_s = self._batcher.timeout_s
+        began = self.generation.arena.read_began_s(slot.index)
+        if began < slot.given_at:
+            # In turn, it waits for a batch or two of each front. Longer, and a front that was to see to its
+            # own has ended.
+            if now < slot.given_at + (2 * self._board.fronts + 1) * timeout_s:
+                self._batcher.look_again(slot, now)
+                return False
+        elif now - timeout_s < began <= now:
+            self._batcher.look_again(slot, began)
+            return False
+        return True
 
     # -- answers back (Listener) --------------------------------------------------------------------
 
@@ -268,21 +294,45 @@ class Serving:
         self._batcher.worker_lost(worker.id)
         if worker.state is WorkerState.BACKOFF:
             self.generation.metrics.restarted(end.cause)
+        is_spared = slot is not None and not self._has_begun(slot)
         if ahead is not None:
             self._recalled(ahead, time.monotonic())
-            if self._host.is_stopping:
-                self.drop_waiting(stopping)
-        if slot is not None:
+        if slot is not None and is_spared:
+            self._spare(slot)
+        if self._host.is_stopping and (ahead is not None or is_spared):
+            self.drop_waiting(stopping)
+        if slot is not None and not is_spared:
             self.running -= 1
             self._batch_lost(slot, end)
         if worker.role == "quarantine":
             if worker.state is WorkerState.FAILED:
                 self.trials.give_up(end.how)
-        elif all(each.state is WorkerState.FAILED for each in self.replicas.workers):
+        elif self.replicas.is_lost:
             # With its last worker given up, waiting requests would wait for nobody.
             self._host.failed(self, end.how)
         self.advance(time.monotonic())
         self._host.freed()
+
+    def quarantine_failed(self, how: str) -> None:
+        """There is no worker to be had for what may kill it."""
+        self.trials.give_up(how)
+        self._host.freed()
+
+    def _has_begun(self, slot: Slot) -> bool:
+        """Whether a worker that died had begun with the batch: it may have waited behind another front's."""
+        if self._board is None or slot.spared >= _SPARED_MOST:
+            return True
+        return self.generation.arena.read_began_s(slot.index) >= slot.given_at
+
+    def _spare(self, slot: Slot) -> None:
+        """A batch whose worker died before it began: nothing is held against it."""
+        slot.spared += 1
+        if slot.trial is not None and slot.trial.is_deadly:
+            self.running -= 1
+            self._batcher.reap(slot)
+            self.trials.again(slot)
+        else:
+            self._recalled(slot, time.monotonic())
 
     def _batch_lost(self, slot: Slot, end: End) -> None:
         """The worker of a batch is gone: run its rows again, unless that is not allowed."""

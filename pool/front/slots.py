@@ -126,6 +126,7 @@ class Slot:
         closed_by: Why its batch went: `full`, `idle_worker` (it had room, but a worker had nothing to do),
             `overdue` (`max_queue_delay_s` passed), `no_room` (none for the next strings), `rerun`.
         has_ballast: Whether a ticket was settled before it ran: its rows need not run.
+        spared: The shell's count of workers that died with it before they had begun with it.
     """
 
     __slots__ = (
@@ -149,6 +150,7 @@ class Slot:
         "predicted_at",
         "rows",
         "runs",
+        "spared",
         "state",
         "tickets",
         "trial",
@@ -182,6 +184,7 @@ class Slot:
         self.loans: Sequence[Any] = ()
         self.is_overdue = False
         self.has_ballast = False
+        self.spared = 0
         self.closed_by = ""
 
     @property

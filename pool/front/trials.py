@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from pool.errors import PoolError, WorkerLost
+from pool.front.crew import Crew
 from pool.front.generation import Generation
 from pool.front.inquest import Inquest
-from pool.front.replicas import Replicas
 from pool.front.slots import Slot, Ticket
 from pool.front.states import WorkerState
 from pool.front.workers import Worker
@@ -57,7 +57,7 @@ class Trials:
     def __init__(
         self,
         generation: Generation,
-        replicas: Replicas,
+        replicas: Crew,
         refuse: Callable[[Iterable[Ticket], PoolError], None],
         run: Callable[[Slot, Worker], None],
     ) -> None:
@@ -92,6 +92,11 @@ class Trials:
         else:
             trial.inquest.undecided(trial.ran)
         self.advance(slot)
+
+    def again(self, slot: Slot) -> None:
+        """The quarantine worker died before it began with a run: `slot` is HELD again."""
+        self._waiting.appendleft(slot)
+        self.feed()
 
     def advance(self, slot: Slot) -> None:
         """Have the next run of a HELD slot wait for its worker; or release it, when all are answered."""

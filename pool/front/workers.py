@@ -18,7 +18,7 @@ from pool.front.slots import Slot
 from pool.front.states import WorkerEvent, WorkerState, next_worker_state
 from pool.front.supervisor import Supervisor
 from pool.front.zygotes import UNKNOWN_EXIT, Child, describe_exit
-from pool.shm import control, doorbell, loans
+from pool.shm import control, doorbell, joining, loans
 from pool.shm.arena import Arena
 from pool.shm.doorbell import Message, Ring
 from pool.signature import Signature
@@ -98,6 +98,7 @@ class Worker:
         self.loans: socket.socket | None = None
         self.lent: set[int] = set()
         self.far_bell: socket.socket | None = None  # the worker's end: what it has not read can be taken back
+        self.joins: socket.socket | None = None  # over which other fronts join
         self.words: LastWords | None = None
         self.slot: Slot | None = None
         self.ahead: Slot | None = None
@@ -209,14 +210,18 @@ class Worker:
 
     # -- the end ------------------------------------------------------------------------------------
 
+    def hang_up(self) -> None:
+        """Let go of what led to the process."""
+        for sock in (self.bell, self.far_bell, self.loans, self.joins):
+            if sock is not None:
+                sock.close()
+        self.bell = self.far_bell = self.loans = self.joins = None
+        self.lent.clear()
+
     def ended(self, code: int) -> tuple[End, list[str]]:
         """The process is gone: how, and the last lines it wrote. Lets go of what led to it."""
         assert self.child is not None
-        for sock in (self.bell, self.far_bell, self.loans):
-            if sock is not None:
-                sock.close()
-        self.bell = self.far_bell = self.loans = None
-        self.lent.clear()
+        self.hang_up()
         lines: list[str] = []
         if self.words is not None:
             lines = self.words.close()
@@ -230,33 +235,51 @@ class Worker:
 
 
 async def fork_worker(
-    supervisor: Supervisor, generation: Generation, weights_fd: int | None, worker: Worker
+    supervisor: Supervisor,
+    generation: Generation,
+    weights_fd: int | None,
+    worker: Worker,
+    is_shared: bool = False,
 ) -> tuple[Child, socket.socket]:
     """Give a worker a process, which is about to load the model, and the front's end of its doorbell.
+
+    Args:
+        supervisor: Provides the zygote.
+        generation: What the worker serves.
+        weights_fd: The shared weights' memfd, if there is one.
+        worker: Gets the process.
+        is_shared: Whether other fronts may join it.
 
     Raises:
         PoolError: the zygote is not there, or refuses.
         OSError: out of file descriptors or memory.
     """
     zygote = await supervisor.zygote(generation.config.backend)
-    order_fd = control.write_order(_order(generation, worker))
+    order_fd = control.write_order(_order(generation, worker, is_shared))
     try:
         words = LastWords(asyncio.get_running_loop())
         try:
             bell, far_bell = doorbell.make_pair()
             lender, borrower = loans.make_pair()
+            mine, its = [bell, far_bell, lender], [borrower]
             fds = [order_fd, supervisor.lifeline.read_fd, words.write_fd]
             fds += [far_bell.fileno(), borrower.fileno(), generation.arena.fd]
+            if is_shared:
+                joins, joiner = joining.make_pair()
+                mine.append(joins)
+                its.append(joiner)
+                fds.append(joiner.fileno())
             if weights_fd is not None:
                 fds.append(weights_fd)
             try:
                 child = zygote.fork("worker", fds)
             except PoolError:
-                for sock in (bell, far_bell, lender):
+                for sock in mine:
                     sock.close()
                 raise
             finally:
-                borrower.close()
+                for sock in its:
+                    sock.close()
         except (PoolError, OSError):
             words.close()
             raise
@@ -266,10 +289,11 @@ async def fork_worker(
         os.close(order_fd)
     worker.child, worker.bell, worker.far_bell, worker.words = child, bell, far_bell, words
     worker.loans = lender
+    worker.joins = joins if is_shared else None
     return child, bell
 
 
-def _order(generation: Generation, worker: Worker) -> control.WorkerOrder:
+def _order(generation: Generation, worker: Worker, is_shared: bool) -> control.WorkerOrder:
     config = generation.config
     recipes = generation.report.recipes
     return control.WorkerOrder(
@@ -283,6 +307,7 @@ def _order(generation: Generation, worker: Worker) -> control.WorkerOrder:
         slot_bytes=generation.arena.slot_bytes,
         allowed_batch_sizes=config.allowed_batch_sizes,
         awake_s=config.awake_us / 1e6,
+        is_shared=is_shared,
         warm_up=tuple(
             control.WarmUp(signature, recipes[name], warm_up_rows(signature, config))
             for name, signature in generation.signatures.items()
