@@ -16,6 +16,9 @@ SOCKET_NAME = "pool.sock"
 # Beside an endpoint's socket file lies that of the socket over which regions are passed (`docs/wire.md` 7).
 REGION_SUFFIX = ".fd"
 
+# Fronts of one server, at most. Beside the socket file of the first lie those of the others, numbered.
+MAX_FRONTS = 16
+
 
 def default_endpoint() -> str:
     """The endpoint used when none is named: `pool.sock` in the first of these directories.
@@ -44,6 +47,16 @@ def region_path(endpoint: str) -> str | None:
         return None
     path = endpoint.removeprefix("ipc://") + REGION_SUFFIX
     return path if len(os.fsencode(path)) <= MAX_IPC_PATH_BYTES else None
+
+
+def front_endpoint(endpoint: str, front: int) -> str:
+    """Where a front of a server listens that is reached at an endpoint; of `tcp://`, all at the same place.
+
+    Args:
+        endpoint: Of the server.
+        front: Its number; the first is 0.
+    """
+    return f"{endpoint}.{front}" if front and endpoint.startswith("ipc://") else endpoint
 
 
 def check_endpoint(endpoint: str, *, bind: bool = False) -> None:

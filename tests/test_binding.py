@@ -14,7 +14,7 @@ import zmq
 
 from pool.config import ServerConfig
 from pool.errors import ConfigError
-from pool.front.binding import bind
+from pool.front.binding import bind, listen_shared, remove_stale
 
 
 @pytest.fixture
@@ -133,3 +133,54 @@ def test_ipv6_is_served_where_it_is_named(router):
     assert router.last_endpoint.startswith(b"tcp://[::1]:")
     bind(router, "tcp://127.0.0.1:*", ServerConfig())
     assert router.last_endpoint.startswith(b"tcp://127.0.0.1:")
+
+
+def test_fronts_listen_at_one_port_and_no_other_server_does():
+    first = listen_shared("tcp://127.0.0.1:*", is_first=True)
+    with socket.socket(fileno=first) as lead:
+        host, port = lead.getsockname()
+        endpoint = f"tcp://{host}:{port}"
+        with socket.socket(fileno=listen_shared(endpoint, is_first=False)) as other:
+            met = set()
+            for sock in (lead, other):
+                assert sock.getsockname() == (host, port)
+                assert not sock.getblocking() or not os.get_blocking(sock.fileno())
+            with contextlib.ExitStack() as stack:
+                while len(met) < 2:  # the kernel chooses by the client's port
+                    stack.enter_context(socket.create_connection((host, port), timeout=10))
+                    for sock in (lead, other):
+                        with contextlib.suppress(BlockingIOError):
+                            sock.accept()[0].close()
+                            met.add(sock)
+        with pytest.raises(ConfigError, match="Address already in use"):
+            listen_shared(endpoint, is_first=True)
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://*:*", "tcp://[::1]:*", "tcp://localhost:*"])
+def test_what_is_shared_is_bound_by_any_address(endpoint):
+    with socket.socket(fileno=listen_shared(endpoint, is_first=True)) as listener:
+        assert listener.getsockname()[1] > 0
+
+
+def test_a_name_that_is_no_address_cannot_be_shared():
+    with pytest.raises(ConfigError, match=r"endpoint tcp://nowhere\.invalid:1: cannot bind"):
+        listen_shared("tcp://nowhere.invalid:1", is_first=True)
+
+
+def test_what_a_dead_front_left_is_removed_and_what_lives_is_not(tmp_path):
+    endpoint = f"ipc://{tmp_path}/pool.sock.1"
+    files = [tmp_path / name for name in ("pool.sock.1", "pool.sock.1.full", "pool.sock.1.fd")]
+    kinds = [socket.SOCK_STREAM, socket.SOCK_STREAM, socket.SOCK_SEQPACKET]
+    sockets = [socket.socket(socket.AF_UNIX, kind) for kind in kinds]
+    for sock, file in zip(sockets, files, strict=True):
+        sock.bind(str(file))
+        sock.listen()
+    remove_stale(endpoint)
+    assert all(file.exists() for file in files)
+    for sock in sockets:
+        sock.close()
+    remove_stale(endpoint)
+    assert not any(file.exists() for file in files)
+    (tmp_path / "pool.sock.1").write_text("mine")
+    remove_stale(endpoint)
+    assert (tmp_path / "pool.sock.1").read_text() == "mine"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import socket
 import tempfile
 
 import pytest
@@ -13,7 +15,8 @@ from hypothesis import strategies as st
 
 from pool.client import dial as dial_module
 from pool.client.core import ClientCore
-from pool.client.dial import Dial, Preference
+from pool.client.dial import Dial, Preference, choose_front
+from pool.endpoints import front_endpoint
 from tests.scripted_server import scripted_server
 
 NAMES = ("a", "b", "c")
@@ -129,3 +132,36 @@ def test_closing_a_connection_disturbs_no_other(directory, context):
             assert connection.socket.poll(30_000)
             assert core.receive(connection.receive()).id == id_
             connection.close()
+
+
+def test_of_a_servers_fronts_any_is_met_but_one_that_is_gone(directory):
+    endpoint = directory + "pool.sock"
+    others = [front_endpoint(endpoint, number) for number in (1, 2, 5)]
+    with contextlib.ExitStack() as stack:
+        listening = {}
+        for each in (endpoint, *others):
+            sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+            sock.bind(each.removeprefix("ipc://"))
+            sock.listen(1_000)
+            listening[each] = sock
+        assert {choose_front(endpoint) for _ in range(200)} == {endpoint, *others}
+        listening[others[0]].close()  # killed: its file is still there
+        assert {choose_front(endpoint) for _ in range(200)} == {endpoint, *others[1:]}
+        os.unlink(endpoint.removeprefix("ipc://"))  # hidden, for want of descriptors
+        assert {choose_front(endpoint) for _ in range(200)} == set(others[1:])
+        for each in others[1:]:
+            listening[each].close()
+        assert choose_front(endpoint) == endpoint
+
+
+def test_a_server_with_one_front_is_not_touched_before_it_is_met(directory):
+    endpoint = directory + "pool.sock"
+    assert choose_front(endpoint) == endpoint
+    assert choose_front("tcp://127.0.0.1:1") == "tcp://127.0.0.1:1"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(endpoint.removeprefix("ipc://"))
+        sock.listen()
+        sock.setblocking(False)
+        assert choose_front(endpoint) == endpoint
+        with pytest.raises(BlockingIOError):
+            sock.accept()

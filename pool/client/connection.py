@@ -62,6 +62,7 @@ class Connection:
         endpoint: Where to connect.
         keys: For `tcp://` endpoints; None for none.
         share_memory: Whether large tensors may travel by memory shared with the server.
+        address: Where the server is met that the endpoint leads to; None for there.
 
     Attributes:
         endpoint: Where it leads.
@@ -82,9 +83,11 @@ class Connection:
         endpoint: str,
         keys: Keys | None = None,
         share_memory: bool = True,
+        address: str | None = None,
     ) -> None:
         self.endpoint = endpoint
-        self.regions = Regions(endpoint if share_memory else None)
+        address = address or endpoint
+        self.regions = Regions(address if share_memory else None)
         self.is_refused = False
         self.obstacle = ""
         self._is_tcp = endpoint.startswith("tcp://")
@@ -99,11 +102,11 @@ class Connection:
             self._set_up(endpoint)
             if keys is not None and self._has_keys:
                 keys.put_on(self.socket)
-            address = f"inproc://pool-monitor-{next(_monitor_numbers)}"
-            self.monitor = self.socket.get_monitor_socket(_EVENTS, address)
+            monitor_address = f"inproc://pool-monitor-{next(_monitor_numbers)}"
+            self.monitor = self.socket.get_monitor_socket(_EVENTS, monitor_address)
             self.monitor.linger = 0
             self._stands = False
-            self.socket.connect(endpoint)
+            self.socket.connect(address)
             # pyzmq's Python layer over send costs 0.65 µs a frame; what it would check does not apply here.
             self._send: Callable[..., Any] = super(zmq.Socket, self.socket).send
         except zmq.ZMQError as e:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import stat
+from contextlib import suppress
 
 import zmq
 
 from pool.config import ServerConfig
+from pool.endpoints import REGION_SUFFIX
 from pool.errors import ConfigError
+from pool.front.gate import HIDDEN_SUFFIX
 
 # Connections that wait to be accepted, of a socket that was handed over: as many as ZeroMQ has of its own.
 # A service manager's queue is as long as the kernel allows; all of it would come in after the gate is closed.
@@ -108,3 +111,71 @@ def _check_owner(path: str, directory: str) -> None:
         raise ConfigError(
             f"endpoint ipc://{path}: {directory} belongs to user {owner}; wanted {os.geteuid()}, who serves"
         )
+
+
+def listen_shared(endpoint: str, *, is_first: bool) -> int:
+    """A socket that listens at a `tcp://` endpoint where other fronts listen as well.
+
+    The kernel gives each connection to one of them (SO_REUSEPORT, socket(7)), by its addresses.
+
+    Args:
+        endpoint: Where.
+        is_first: Whether nobody may listen there yet. (Another server of the same user, which shares as well,
+            would be joined.)
+
+    Returns:
+        A descriptor, the caller's.
+
+    Raises:
+        ConfigError: it cannot be bound; the sentence says which and why.
+    """
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    try:
+        found = socket.getaddrinfo(
+            None if host == "*" else host.strip("[]"),
+            0 if port == "*" else int(port),
+            family,
+            socket.SOCK_STREAM,
+            flags=socket.AI_PASSIVE,
+        )
+        address = found[0][4]
+        if is_first:
+            with _tcp_socket(family) as probe:
+                probe.bind(address)
+        listener = _tcp_socket(family)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listener.bind(address)
+            listener.listen(_BACKLOG)
+            # ZeroMQ accepts when told that somebody is there, who may be gone by then: it must not wait.
+            listener.setblocking(False)
+            return listener.detach()
+        finally:
+            listener.close()
+    except OSError as e:
+        raise ConfigError(f"endpoint {endpoint}: cannot bind: {e.strerror}") from None
+
+
+def _tcp_socket(family: int) -> socket.socket:
+    made = socket.socket(family, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:  # as ZeroMQ does
+        made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    return made
+
+
+def remove_stale(endpoint: str) -> None:
+    """Remove what a front that was killed has left of an `ipc://` endpoint, where nobody listens now."""
+    path = endpoint.removeprefix("ipc://")
+    for file, kind in (
+        (path, socket.SOCK_STREAM),
+        (path + HIDDEN_SUFFIX, socket.SOCK_STREAM),
+        (path + REGION_SUFFIX, socket.SOCK_SEQPACKET),
+    ):
+        with suppress(OSError), socket.socket(socket.AF_UNIX, kind) as probe:
+            try:
+                probe.connect(file)
+            except ConnectionRefusedError:
+                if stat.S_ISSOCK(os.stat(file).st_mode):
+                    os.unlink(file)

@@ -23,7 +23,7 @@ log = Log("pool.endpoint")
 _RESERVE_LEAST, _RESERVE_MOST = 160, 512
 _RESERVE_SHARE = 4
 
-_HIDDEN = ".full"
+HIDDEN_SUFFIX = ".full"
 
 
 class Gate:
@@ -53,9 +53,9 @@ class Gate:
         """
         with suppress(OSError):
             if is_lent and not os.path.lexists(path):
-                os.rename(path + _HIDDEN, path)  # by a server that was killed
+                os.rename(path + HIDDEN_SUFFIX, path)  # by a server that was killed
             else:
-                os.unlink(path + _HIDDEN)
+                os.unlink(path + HIDDEN_SUFFIX)
         self._paths.append(path)
         if is_lent:
             self._lent.add(path)
@@ -67,7 +67,7 @@ class Gate:
                 if not self.is_open:
                     _show(path)
                 continue
-            for name in (path, path + _HIDDEN):
+            for name in (path, path + HIDDEN_SUFFIX):
                 with suppress(FileNotFoundError):
                     os.unlink(name)
 
@@ -78,7 +78,7 @@ class Gate:
             log.warning("no more local connections are taken", descriptors_up_to=fd)
             for path in self._paths:
                 with suppress(OSError):
-                    os.rename(path, path + _HIDDEN)
+                    os.rename(path, path + HIDDEN_SUFFIX)
 
     def disconnected(self) -> None:
         """Connections have ended: there may be descriptors again."""
@@ -91,8 +91,8 @@ class Gate:
 
 def _show(path: str) -> None:
     with suppress(OSError):
-        os.link(path + _HIDDEN, path)  # which, unlike a rename, replaces nobody else's
-        os.unlink(path + _HIDDEN)
+        os.link(path + HIDDEN_SUFFIX, path)  # which, unlike a rename, replaces nobody else's
+        os.unlink(path + HIDDEN_SUFFIX)
 
 
 def _lowest_free() -> int:
