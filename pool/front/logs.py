@@ -178,8 +178,12 @@ def is_journal(environment: Mapping[str, str], stream: TextIO) -> bool:
     return (device, inode) == (str(status.st_dev), str(status.st_ino))
 
 
-def start(environment: Mapping[str, str]) -> Recent:
+def start(environment: Mapping[str, str], front: int | None = None) -> Recent:
     """Have the process log to its standard error; once.
+
+    Args:
+        environment: Says whether that is the journal.
+        front: The number of a front that follows another one, for each of its lines.
 
     Returns:
         What keeps the last warnings and errors.
@@ -187,6 +191,13 @@ def start(environment: Mapping[str, str]) -> Recent:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JournalFormatter() if is_journal(environment, sys.stderr) else TextFormatter())
     recent = Recent()
+    if front is not None:
+
+        def mark(record: logging.LogRecord) -> bool:
+            record.fields = {"front": front} | getattr(record, "fields", {})
+            return True
+
+        handler.addFilter(mark)
     logging.basicConfig(handlers=[handler, recent])
     return recent
 
