@@ -32,6 +32,7 @@ from pool.config_mistakes import (
 )
 from pool.config_rules import machine_mistakes, model_mistakes, server_mistakes
 from pool.devices import parse_device
+from pool.endpoints import MAX_FRONTS
 from pool.errors import ConfigError
 from pool.pipelines import PipelineConfig, StepConfig, pipeline_mistakes
 from pool.python import split_path
@@ -59,6 +60,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     Attributes:
         endpoints: Where clients connect; empty for `pool.endpoints.default_endpoint()`.
+        fronts: Processes that serve the endpoints.
         ipc_mode: Permissions of `ipc://` socket files, octal.
         ipc_group: Group of `ipc://` socket files, by name or number; None for the server's own.
         ipc_uids: Users that may use `ipc://` endpoints, beside the server's own; None for all whom the
@@ -78,6 +80,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """
 
     endpoints: tuple[str, ...] = ()
+    fronts: Annotated[int, Meta(ge=1, le=MAX_FRONTS)] = 1
     ipc_mode: Annotated[str, Meta(pattern="^0?[0-7]{3}$")] = "0660"
     ipc_group: Annotated[str, Meta(min_length=1)] | None = None
     ipc_uids: tuple[Annotated[int, Meta(ge=0, le=MAX_UID)], ...] | None = None

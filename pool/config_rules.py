@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pool.config_mistakes import MISSING, Mistake
 from pool.devices import parse_device, ranges
-from pool.endpoints import check_endpoint, is_loopback
+from pool.endpoints import MAX_IPC_PATH_BYTES, check_endpoint, is_loopback
 from pool.errors import ConfigError
 from pool.keys import PUBLIC_SUFFIX, read_public_key, read_secret_key
 from pool.python import split_path
@@ -39,6 +39,11 @@ def server_mistakes(server: ServerConfig) -> Iterator[Mistake]:
         if endpoint in seen:
             yield Mistake(key, "must not be given twice", endpoint)
         seen.add(endpoint)
+        path = endpoint.removeprefix("ipc://")
+        last = f"{path}.{server.fronts - 1}"
+        if server.fronts > 1 and path != endpoint and len(os.fsencode(last)) > MAX_IPC_PATH_BYTES:
+            rule = f"must leave room for the numbers of the fronts: {MAX_IPC_PATH_BYTES} bytes in all"
+            yield Mistake(key, rule, endpoint)
     if server.metrics is not None:
         try:
             check_endpoint(f"tcp://{server.metrics}", bind=True)

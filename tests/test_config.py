@@ -224,6 +224,12 @@ def test_document_mistakes(text: str, want: str) -> None:
         ('ipc_group = ""', "server.ipc_group: must be a string that is not empty"),
         ('endpoints = ["ipc:///a", "ipc:///a"]', "server.endpoints[1]: must not be given twice"),
         ("workers = 2", "server.workers: unknown key here; workers belongs in [models.NAME], got 2"),
+        ("fronts = 0", "server.fronts: must be an integer from 1 to 16, got 0"),
+        ("fronts = 17", "server.fronts: must be an integer from 1 to 16, got 17"),
+        (
+            f'fronts = 2\nendpoints = ["ipc:///{"x" * 105}"]',
+            "server.endpoints[0]: must leave room for the numbers of the fronts: 107 bytes in all",
+        ),
     ],
 )
 def test_server_mistakes(line: str, want: str) -> None:

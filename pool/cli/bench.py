@@ -24,6 +24,7 @@ import numpy.typing as npt
 from pool.cli.arguments import add_endpoint, connect, count
 from pool.cli.load_client import Answers, Result, Task
 from pool.cli.output import console, print_json, progress
+from pool.cli.rates import front_cpu_s
 from pool.client.sync import Client
 from pool.endpoints import default_endpoint
 from pool.errors import ConfigError, InternalError, InvalidInput, ModelError, error_from_code
@@ -306,7 +307,7 @@ def summarize(
         "mean_batch_rows": round(rows / batches, 2) if batches else None,
         "client_cpu_us_per_request": per_request(sum(r.cpu_s for r, _ in results)),
         "server_cpu_us_per_request": {
-            "front": per_request(after["front"]["cpu_s"] - before["front"]["cpu_s"]),
+            "front": per_request(front_cpu_s(before, after)),
             "workers": per_request(workers_s),
         },
     }

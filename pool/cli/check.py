@@ -34,13 +34,13 @@ def run(args: argparse.Namespace) -> int:
         print_json(report)
     else:
         for name, model in report["models"].items():
-            _show(name, model)
+            _show(name, model, report["fronts"])
         for name, pipeline in report["pipelines"].items():
             _show_pipeline(name, pipeline)
     return 0
 
 
-def _show(name: str, model: dict[str, Any]) -> None:
+def _show(name: str, model: dict[str, Any], fronts: int) -> None:
     from rich.table import Table
 
     out = console()
@@ -55,7 +55,8 @@ def _show(name: str, model: dict[str, Any]) -> None:
     facts.add_row(
         "arena",
         f"{size(model['arena_bytes'])} in {model['slots']} slots of {size(model['slot_bytes'])}, "
-        f"up to {model['max_batch_size']} rows each",
+        f"up to {model['max_batch_size']} rows each"
+        + (f"; for {fronts} fronts {size(fronts * model['arena_bytes'])}" if fronts > 1 else ""),
     )
     facts.add_row("loaded in", f"{model['load_s']:.1f} s")
     for skipped, reason in model["skipped"].items():

@@ -95,11 +95,12 @@ class Rates:
         clients: Connected.
         requests_s: Answers to predictions a second, errors included.
         errors_s: Errors a second.
-        front_cpu: Cores that the front used.
+        front_cpu: Cores that the front used; all of them, if there are several.
         memory_bytes: Of all processes, shared pages once.
         models: The busiest first.
         pipelines: The busiest first.
         last_errors: Of its log, oldest first.
+        fronts: How many there are.
     """
 
     elapsed_s: float
@@ -113,6 +114,7 @@ class Rates:
     models: list[ModelRates]
     pipelines: list[PipelineRates]
     last_errors: list[dict[str, Any]]
+    fronts: int = 1
 
 
 def compare(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Rates:
@@ -143,7 +145,7 @@ def compare(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Rates
     answered = sum(model.results_s + model.errors_s for model in models)
     answered += sum(pipeline.results_s + pipeline.errors_s for pipeline in pipelines)
     errors_s = (sum(front["errors"].values()) - sum(earlier["front"].get("errors", {}).values())) / elapsed_s
-    processes = [front, *after["zygotes"]]
+    processes = [*_fronts(after), *after["zygotes"]]
     for model in after["models"].values():
         processes += _workers(model)
     return Rates(
@@ -153,12 +155,31 @@ def compare(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Rates
         clients=front["clients"],
         requests_s=answered,
         errors_s=errors_s,
-        front_cpu=(front["cpu_s"] - earlier["front"].get("cpu_s", 0.0)) / elapsed_s,
+        fronts=len(_fronts(after)),
+        front_cpu=front_cpu_s(earlier, after) / elapsed_s,
         memory_bytes=sum(process["pss_bytes"] for process in processes),
         models=models,
         pipelines=pipelines,
         last_errors=front.get("last_errors", []),
     )
+
+
+def front_cpu_s(before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
+    """CPU seconds that the fronts of a server took between two status documents.
+
+    Args:
+        before: The earlier one; of another server, or nothing, for all since the start.
+        after: The later one.
+    """
+    earlier = {front.get("pid"): front["cpu_s"] for front in _fronts(before)}
+    return float(sum(front["cpu_s"] - earlier.get(front.get("pid"), 0.0) for front in _fronts(after)))
+
+
+def _fronts(document: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The processes of the fronts; an application that embeds its pool has one."""
+    alone = [document["front"]] if "cpu_s" in document.get("front", {}) else []
+    found: Sequence[Mapping[str, Any]] = document.get("fronts", alone)
+    return found
 
 
 def _is_same_server(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:

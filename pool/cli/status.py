@@ -65,6 +65,10 @@ def show(status: dict[str, Any]) -> None:
     processes.add_row(
         "front", str(front["pid"]), "", "", "", "", "", f"{front['cpu_s']:.1f}", *_memory(front)
     )
+    for other in status.get("fronts", ())[1:]:
+        name, restarts = f"front {other['index']}", str(other["restarts"])
+        usage = (f"{other['cpu_s']:.1f}", *_memory(other))
+        processes.add_row(name, str(other["pid"] or ""), other["state"], "", "", "", restarts, *usage)
     for zygote in status["zygotes"]:
         name = f"zygote ({zygote['backend']})"
         processes.add_row(name, str(zygote["pid"]), "", "", "", "", "", "", *_memory(zygote))
@@ -87,6 +91,10 @@ def show(status: dict[str, Any]) -> None:
             if worker["last_error"]:
                 told = f"{name} worker {worker['index']}, the one before: {worker['last_error']}"
                 out.print(told, markup=False, highlight=False)
+    for other in status.get("fronts", ())[1:]:
+        if other["last_error"]:
+            told = f"front {other['index']}, the one before: {other['last_error']}"
+            out.print(told, markup=False, highlight=False)
     refused = front.get("reload", {}).get("error")
     if refused:
         out.print(f"the last reload was refused: {refused}", markup=False, highlight=False)

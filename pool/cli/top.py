@@ -183,9 +183,10 @@ def _head(rates: Rates, where: str, trouble: str) -> list[Text]:
     first = _text("pool top", "bold")
     first.append(f"  {where}  up {up}  {time.strftime('%H:%M:%S')}")
     since = "since its start" if rates.is_since_start else f"in {rates.elapsed_s:.1f} s"
+    front = "front" if rates.fronts == 1 else f"{rates.fronts} fronts"
     second = _text(
         f"{rates.requests_s:,.0f} requests/s {since}, {rates.clients} clients, "
-        f"front {rates.front_cpu:.0%} CPU, {size(rates.memory_bytes)} in all"
+        f"{front} {rates.front_cpu:.0%} CPU, {size(rates.memory_bytes)} in all"
     )
     if rates.errors_s:
         second.append(f", {rates.errors_s:,.1f} errors/s", "red")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import zmq
@@ -24,7 +24,7 @@ from pool.config import ServerConfig
 from pool.errors import Cancelled, Overloaded, PoolError, WireError
 from pool.front.access import Access
 from pool.front.admission import Admission
-from pool.front.binding import bind
+from pool.front.binding import bind, listen_shared
 from pool.front.clients import Client, Clients
 from pool.front.columns import frame_size_error
 from pool.front.connections import Connections
@@ -78,6 +78,12 @@ class Endpoint:
         endpoints: Where to bind, resolved (`pool.endpoints`).
         describe: More of the front's part of the status document.
         passed: Sockets that listen there already, by endpoint (`pool.front.activation`).
+        front: Its number among the fronts that listen at the same ports, from 0; None if there is but one.
+
+    Attributes:
+        endpoints: Where it listens, as asked for.
+        bound: By endpoint: what that turned out to be.
+        ask_status: Gives the status document; `status` unless somebody else knows more.
     """
 
     def __init__(
@@ -87,12 +93,15 @@ class Endpoint:
         endpoints: Sequence[str],
         describe: Callable[[], dict[str, Any]],
         passed: Mapping[str, int] | None = None,
+        front: int | None = None,
     ) -> None:
         self._engine = engine
         self._describe_more = describe
+        self._front = front
         self._config = config
         self.endpoints = tuple(endpoints)
         self._passed = dict(passed or {})
+        self.bound: dict[str, str] = {}
         self._loop = asyncio.get_running_loop()
         # One I/O thread: `pool.front.clients` rests on the order in which it tells of things.
         self._context = zmq.Context(io_threads=1)
@@ -115,7 +124,8 @@ class Endpoint:
         )
         self._access = Access(config)
         self._regions = Regions(self._access.is_allowed)
-        self._questions = Questions(engine, config, self._outbound, self.describe)
+        self.ask_status: Callable[[], Awaitable[dict[str, Any]]] = self.status
+        self._questions = Questions(engine, config, self._outbound, lambda: self.ask_status())
         self._admission = Admission(
             self._router, engine, config.max_message_bytes, self._outbound, self._regions, self._questions
         )
@@ -139,10 +149,15 @@ class Endpoint:
         for endpoint in sorted(self.endpoints, key=lambda e: e.startswith("tcp://")):
             self._access.secure(self._router, endpoint)
             passed = self._passed.pop(endpoint, None)
+            is_lent = passed is not None
+            if not is_lent and self._front is not None and endpoint.startswith("tcp://"):
+                passed = listen_shared(endpoint, is_first=self._front == 0)
             bind(self._router, endpoint, self._config, passed)
             if endpoint.startswith("ipc://"):
-                self._gate.add(endpoint.removeprefix("ipc://"), is_lent=passed is not None)
-            self._access.check_bound(endpoint, self._router.getsockopt_string(zmq.LAST_ENDPOINT))
+                self._gate.add(endpoint.removeprefix("ipc://"), is_lent=is_lent)
+            bound = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+            self._access.check_bound(endpoint, bound)
+            self.bound[endpoint] = bound
             self._regions.listen(endpoint)
         self._fd = int(self._router.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self._drain)
@@ -182,6 +197,12 @@ class Endpoint:
             "refused_connections": self._access.refused,
             **self._describe_more(),
         }
+
+    async def status(self) -> dict[str, Any]:
+        """The status document (`docs/operations.md` 8)."""
+        document = await self._engine.status()
+        document["front"] |= self.describe()
+        return document
 
     def apply(self, config: ServerConfig) -> None:
         """Take over what of a new configuration can be changed while the socket is open."""

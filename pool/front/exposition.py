@@ -11,7 +11,7 @@ import importlib.metadata
 import itertools
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -20,9 +20,10 @@ from prometheus_client.utils import floatToGoString
 
 from pool.errors import CODES
 from pool.front.http import Answer
-from pool.front.metrics import BOUNDS_S, ModelMetrics
+from pool.front.metrics import BOUNDS_S
 from pool.front.processes import GpuMemory, Member, Usage, measure_gpus, measure_processes
 from pool.front.states import SlotState, WorkerState
+from pool.front.tallies import Tally
 
 if TYPE_CHECKING:
     from pool.front.engine import Engine
@@ -42,27 +43,30 @@ _CAUSES = ("crashed", "hung", "killed", "not_started", "replaced")
 _FIGURES = ("cpu_s", "uss_bytes", "pss_bytes")  # of a process
 
 _Samples = Iterable[tuple[tuple[str, ...], float]]
-_Figure = tuple[str, str, Callable[["Serving"], float]]
 
-_SERVING_COUNTERS: tuple[_Figure, ...] = (
-    ("pool_retried_runs", "Runs of parts of batches that failed.", lambda s: s.trials.runs),
-    ("pool_blamed_requests", "Requests found guilty of a failure.", lambda s: s.trials.blamed),
+# What is counted of each model that is loaded, by its name in a tally; and what is the case now.
+_MODEL_COUNTERS = (
+    ("pool_retried_runs", "Runs of parts of batches that failed.", "retried_runs"),
+    ("pool_blamed_requests", "Requests found guilty of a failure.", "blamed_requests"),
     (
         "pool_poison_refusals",
         "Requests refused because the same killed a worker before.",
-        lambda s: s.generation.poison.refused,
+        "poison_refusals",
     ),
 )
-_SERVING_GAUGES: tuple[_Figure, ...] = (
-    ("pool_arena_bytes", "Size of the arena.", lambda s: s.generation.arena.size_bytes),
+_MODEL_GAUGES = (
+    ("pool_arena_bytes", "Size of the arenas, of all fronts.", "arena_bytes"),
+    ("pool_queue_rows", "Rows that no worker has begun.", "queue_rows"),
+    ("pool_poison_remembered", "Requests barred now.", "poison_remembered"),
+)
+# The same of the front that leads.
+_SERVING_GAUGES: tuple[tuple[str, str, Callable[[Serving], float]], ...] = (
     ("pool_weights_bytes", "Size of the weights.", lambda s: s.generation.report.weights_bytes),
-    ("pool_queue_rows", "Rows that no worker has begun.", lambda s: s.generation.batcher.queue_rows),
     (
         "pool_expected_wait_seconds",
         "How long a row placed now will wait for its answer.",
         lambda s: s.generation.batcher.expected_s,
     ),
-    ("pool_poison_remembered", "Requests barred now.", lambda s: len(s.generation.poison)),
 )
 
 
@@ -72,11 +76,22 @@ class Exposition:
     Args:
         engine: Has the models.
         describe_front: Gives the endpoint's part of the status document.
+        total: Gives what all fronts have counted (`pool.front.tallies`).
+        fronts: Gives of each front its number, requests, restarts, and whether it serves.
     """
 
-    def __init__(self, engine: Engine, describe_front: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        describe_front: Callable[[], dict[str, Any]],
+        total: Callable[[], Awaitable[Tally]],
+        fronts: Callable[[], list[tuple[int, int, int, bool]]],
+    ) -> None:
         self._engine = engine
         self._describe_front = describe_front
+        self._ask_total = total
+        self._fronts = fronts
+        self._total: Tally = {}
         self._lock = asyncio.Lock()
         self._text = b""
         self._made_at = self._measured_at = float("-inf")
@@ -106,6 +121,7 @@ class Exposition:
             if time.monotonic() - self._made_at > _FRESH_FOR_S:
                 members = self._engine.members()
                 await self._measure(members)
+                self._total = await self._ask_total()
                 parts = []
                 for metric in self._collect(members):
                     parts.append(generate_latest(_Only(metric)))
@@ -126,6 +142,7 @@ class Exposition:
 
     def _collect(self, members: list[Member]) -> Iterator[Metric]:
         yield from self._of_front()
+        yield from self._of_fronts()
         yield from self._of_requests()
         yield from self._of_batches()
         yield from self._of_models()
@@ -134,66 +151,91 @@ class Exposition:
         yield from self._of_processes(members)
 
     def _of_front(self) -> Iterator[Metric]:
-        front = self._describe_front()
+        front, total = self._describe_front(), self._total
         yield _gauge("pool_build_info", "1; the version is the label.", ("version",), [((_version(),), 1)])
         yield _gauge("pool_uptime_seconds", "Time since the front started.", (), [((), front["uptime_s"])])
-        yield _gauge("pool_clients", "Clients connected.", (), [((), front["clients"])])
-        yield _counter("pool_admitted_requests", "Predictions admitted.", (), [((), front["requests"])])
-        yield _counter("pool_replies", "Replies sent, of all kinds.", (), [((), front["replies"])])
+        yield _gauge("pool_clients", "Clients connected.", (), [((), total["now"]["clients"])])
+        yield _counter("pool_admitted_requests", "Predictions admitted.", (), [((), total["requests"])])
+        yield _counter("pool_replies", "Replies sent, of all kinds.", (), [((), total["replies"])])
         yield _counter(
             "pool_dropped_replies",
             "Replies whose client was gone or did not read.",
             (),
-            [((), front["dropped_replies"])],
+            [((), total["dropped_replies"])],
         )
         yield _counter(
             "pool_refused_connections",
             "Connections of those who may not use the server.",
             (),
-            [((), front["refused_connections"])],
+            [((), total["refused_connections"])],
+        )
+
+    def _of_fronts(self) -> Iterator[Metric]:
+        fronts = self._fronts()
+        label = ("front",)
+        yield _gauge(
+            "pool_front_up",
+            "1 if the front serves; 0 leads.",
+            label,
+            [((str(number),), float(serves)) for number, _, _, serves in fronts],
+        )
+        yield _counter(
+            "pool_front_requests",
+            "Predictions admitted by a front.",
+            label,
+            [((str(number),), requests) for number, requests, _, _ in fronts],
+        )
+        yield _counter(
+            "pool_front_restarts",
+            "Processes started to replace one of a front that ended.",
+            label,
+            [((str(number),), restarts) for number, _, restarts, _ in fronts],
         )
 
     def _of_requests(self) -> Iterator[Metric]:
-        pipelines = self._engine.pipelines.metrics
-        counted = [*self._metrics(), *pipelines.items(), ("", self._engine.unknown)]
+        models, pipelines = self._total["models"], self._total["pipelines"]
+        counted = [(name, of["answers"]) for name, of in (*models.items(), *pipelines.items())]
         yield _counter(
             "pool_requests",
             "Answers to predictions by code, of models and pipelines; without a name where it is not known.",
             ("model", "code"),
             [
-                ((name, code), metrics.answers.get(code, 0))
-                for name, metrics in counted
-                for code in (_CODES if name else metrics.answers)
+                ((name, code), answers.get(code, 0))
+                for name, answers in (*counted, ("", self._total["unknown"]))
+                for code in (_CODES if name else answers)
             ],
         )
         stages = HistogramMetricFamily(
             "pool_stage_seconds", "Time of requests in each stage.", labels=("model", "stage")
         )
-        for name, metrics in (*self._metrics(), *pipelines.items()):
-            for stage, histogram in metrics.stages.items():
-                stages.add_metric((name, stage), _buckets(BOUNDS_S, histogram.counts), histogram.sum_s)
+        for name, of in (*models.items(), *pipelines.items()):
+            for stage, times in of["stages"].items():
+                stages.add_metric((name, stage), _buckets(BOUNDS_S, times["counts"]), times["sum_s"])
         yield stages
 
     def _of_batches(self) -> Iterator[Metric]:
+        models = self._total["models"]
         rows = HistogramMetricFamily("pool_batch_rows", "Rows of the batches that ran.", labels=("model",))
-        for name, metrics in self._metrics():
+        for name, of in models.items():
             counts = [0] * (len(_ROW_BOUNDS) + 1)
-            for size, count in metrics.batch_sizes.items():
+            for size, count in of["batch_sizes"].items():
                 counts[bisect_left(_ROW_BOUNDS, size)] += count
-            rows.add_metric((name,), _buckets(_ROW_BOUNDS, counts), metrics.rows)
+            rows.add_metric((name,), _buckets(_ROW_BOUNDS, counts), of["rows"])
         yield rows
         yield _counter(
             "pool_batches_closed",
             "Batches by why they took no more rows.",
             ("model", "reason"),
             [
-                ((name, reason), metrics.closed.get(reason, 0))
-                for name, metrics in self._metrics()
+                ((name, reason), of["closed"].get(reason, 0))
+                for name, of in models.items()
                 for reason in _CLOSED
             ],
         )
-        for metric, sentence, value in _SERVING_COUNTERS:
-            yield _counter(metric, sentence, ("model",), self._of_each(value))
+        for metric, sentence, key in _MODEL_COUNTERS:
+            yield _counter(
+                metric, sentence, ("model",), [((name,), of[key]) for name, of in models.items() if key in of]
+            )
 
     def _of_models(self) -> Iterator[Metric]:
         ready = self._engine.readiness()
@@ -203,43 +245,48 @@ class Exposition:
             ("model",),
             [((name,), float(is_ready)) for name, is_ready in ready.items()],
         )
-        served = list(self._servings())
         yield _gauge(
             "pool_model_info",
             "1; what is served is told by the labels.",
             ("model", "version", "backend"),
-            [((name, str(s.generation.version), s.generation.config.backend), 1) for name, s in served],
+            [
+                ((name, str(s.generation.version), s.generation.config.backend), 1)
+                for name, s in self._servings()
+            ],
         )
-        slots: list[tuple[tuple[str, ...], float]] = []
-        rows: list[tuple[tuple[str, ...], float]] = []
-        for name, serving in served:
-            for state in SlotState:
-                found = [slot for slot in serving.generation.batcher.slots if slot.state is state]
-                slots.append(((name, state.value), len(found)))
-                if state is not SlotState.FREE:
-                    rows.append(((name, state.value), sum(slot.rows for slot in found)))
-        yield _gauge("pool_arena_slots", "Slots of the arena by state.", ("model", "state"), slots)
+        now = self._total["now"]["models"]
+        slots = [((name, state), n) for name, of in now.items() for state, n in of["slots"].items()]
+        rows = [
+            ((name, state), n)
+            for name, of in now.items()
+            for state, n in of["slot_rows"].items()
+            if state != SlotState.FREE.value
+        ]
+        yield _gauge("pool_arena_slots", "Slots of the arenas by state.", ("model", "state"), slots)
         yield _gauge("pool_arena_rows", "Rows in slots by state of the slot.", ("model", "state"), rows)
+        for metric, sentence, key in _MODEL_GAUGES:
+            yield _gauge(metric, sentence, ("model",), [((name,), of[key]) for name, of in now.items()])
         for metric, sentence, value in _SERVING_GAUGES:
             yield _gauge(metric, sentence, ("model",), self._of_each(value))
 
     def _of_pipelines(self) -> Iterator[Metric]:
-        pipelines = self._engine.pipelines
+        now = self._total["now"]["pipelines"]
         under_way: list[tuple[tuple[str, ...], float]] = []
         waiting: list[tuple[tuple[str, ...], float]] = []
         requests: list[tuple[tuple[str, ...], float]] = []
         errors: list[tuple[tuple[str, ...], float]] = []
         labels = ("pipeline", "step")
         seconds = HistogramMetricFamily("pool_step_seconds", "Time of requests in each step.", labels=labels)
-        for name, metrics in pipelines.metrics.items():
-            under_way.append(((name,), metrics.under_way))
-            parked = pipelines.waiting.of(name)
-            for step, counted in metrics.steps.items():
+        for name, of in self._total["pipelines"].items():
+            current = now.get(name, {"under_way": 0, "waiting": {}})
+            under_way.append(((name,), current["under_way"]))
+            for step, counted in of["steps"].items():
                 key = (name, step)
-                waiting.append((key, parked.get(step, 0)))
-                requests.append((key, counted.requests))
-                errors.append((key, counted.errors))
-                seconds.add_metric(key, _buckets(BOUNDS_S, counted.seconds.counts), counted.seconds.sum_s)
+                waiting.append((key, current["waiting"].get(step, 0)))
+                requests.append((key, counted["requests"]))
+                errors.append((key, counted["errors"]))
+                times = counted["seconds"]
+                seconds.add_metric(key, _buckets(BOUNDS_S, times["counts"]), times["sum_s"])
         sentence = "Requests admitted to a pipeline and not answered."
         yield _gauge("pool_pipeline_requests", sentence, ("pipeline",), under_way)
         yield _gauge("pool_step_waiting", "Requests that wait for room in a step's model.", labels, waiting)
@@ -252,13 +299,13 @@ class Exposition:
         states: list[tuple[tuple[str, ...], float]] = []
         wanted: list[tuple[tuple[str, ...], float]] = []
         busy: list[tuple[tuple[str, ...], float]] = []
-        now = time.monotonic()
         for name, serving in served:
             workers = serving.replicas.workers
             wanted.append(((name,), len(workers)))
             for state in WorkerState:
                 states.append(((name, state.value), sum(worker.state is state for worker in workers)))
-            busy += [((name, str(worker.index)), worker.busy_until(now)) for worker in workers]
+            work = self._total["models"].get(name, {}).get("workers", {})
+            busy += [((name, str(i)), of["busy_s"]) for i, of in work.items() if i < len(workers)]
         yield _gauge("pool_workers", "Workers by state.", ("model", "state"), states)
         yield _gauge("pool_workers_wanted", "Workers that the configuration asks for.", ("model",), wanted)
         yield _counter("pool_worker_busy_seconds", "Time a worker had a batch.", ("model", "worker"), busy)
@@ -267,8 +314,8 @@ class Exposition:
             "Workers started again, by what became of the one before.",
             ("model", "cause"),
             [
-                ((name, cause), metrics.restarts.get(cause, 0))
-                for name, metrics in self._metrics()
+                ((name, cause), model.metrics.restarts.get(cause, 0))
+                for name, model in self._engine.models.items()
                 for cause in _CAUSES
             ],
         )
@@ -320,10 +367,6 @@ class Exposition:
         )
 
     # -- where it is --------------------------------------------------------------------------------
-
-    def _metrics(self) -> Iterator[tuple[str, ModelMetrics]]:
-        for name, model in self._engine.models.items():
-            yield name, model.metrics
 
     def _servings(self) -> Iterator[tuple[str, Serving]]:
         for name, model in self._engine.models.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from pool import wire
@@ -25,7 +25,7 @@ class Questions:
         engine: Knows the models.
         config: The `[server]` table.
         outbound: Sends the answers.
-        describe_front: Gives the endpoint's part of the status document.
+        ask_status: Gives the status document.
     """
 
     def __init__(
@@ -33,12 +33,12 @@ class Questions:
         engine: Engine,
         config: ServerConfig,
         outbound: Outbound,
-        describe_front: Callable[[], dict[str, Any]],
+        ask_status: Callable[[], Awaitable[dict[str, Any]]],
     ) -> None:
         self._engine = engine
         self._config = config
         self._outbound = outbound
-        self._describe_front = describe_front
+        self._ask_status = ask_status
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_closed = False
@@ -81,8 +81,7 @@ class Questions:
 
     async def _send_status(self, client: Client, id_: int) -> None:
         try:
-            document = await self._engine.status()
-            document["front"] |= self._describe_front()
+            document = await self._ask_status()
             if not self._is_closed:
                 self._outbound.inform(client, id_, document)
         except Exception as e:  # such as file descriptors used up: whoever asks is to hear of it

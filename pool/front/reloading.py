@@ -8,7 +8,7 @@ switched in one turn of the loop. What was admitted before is finished where it 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import msgspec
 
@@ -75,6 +75,7 @@ class Reloads:
         engine: To serve another configuration.
         path: Of the configuration file.
         tell: Called with True when a reload begins, and with False when it is over.
+        follow: Awaited when another configuration is served: it returns when other fronts serve it, too.
 
     Attributes:
         path: As above.
@@ -83,9 +84,16 @@ class Reloads:
         changes: What the last one changed.
     """
 
-    def __init__(self, engine: Engine, path: str, tell: Callable[[bool], None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        path: str,
+        tell: Callable[[bool], None],
+        follow: Callable[[], Awaitable[None]],
+    ) -> None:
         self._engine = engine
         self._tell = tell
+        self._follow = follow
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[None] | None = None
         self._is_asked = False
@@ -113,6 +121,7 @@ class Reloads:
             try:
                 config = await self._loop.run_in_executor(None, load_config, self.path)
                 self.changes = await reload(self._engine, config)
+                await self._follow()
             except PoolError as e:
                 self.changes, self.error = [], e.message
                 log.error("reload refused, nothing was changed", reason=e.message)

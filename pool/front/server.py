@@ -16,13 +16,15 @@ import msgspec
 import uvloop
 
 from pool.config import Config
-from pool.endpoints import default_endpoint, is_loopback
+from pool.endpoints import MAX_FRONTS, default_endpoint, front_endpoint, is_loopback
 from pool.errors import ConfigError, PoolError
-from pool.front import logs
+from pool.front import logs, tallies
 from pool.front.access import check_curve
 from pool.front.activation import assign, take_sockets
+from pool.front.binding import remove_stale
 from pool.front.endpoint import Endpoint
 from pool.front.engine import Engine
+from pool.front.followers import Followers, endpoints_of
 from pool.front.heartbeat import Heartbeat
 from pool.front.http import HttpServer
 from pool.front.logs import Log
@@ -32,6 +34,7 @@ from pool.front.reloading import Reloads
 from pool.front.sizing import plan_arena
 from pool.front.status import describe_report
 from pool.front.supervisor import Supervisor
+from pool.front.tallies import Tally
 from pool.pipelines import Wiring
 from pool.shm.control import LoadReport
 
@@ -114,10 +117,24 @@ class Front:
         self._loop = asyncio.get_running_loop()
         self._notifier = notifier
         self._engine = Engine(config)
-        self._reloads = Reloads(self._engine, path, self._reloading)
+        fronts = config.server.fronts
+        self._followers: Followers | None = None
+        if fronts > 1:
+            self._followers = Followers(self._engine, fronts, self._status, self._count)
+            self._engine.sharing = self._followers
+        self._reloads = Reloads(self._engine, path, self._reloading, self._follow)
         endpoints = config.server.endpoints or tuple(assigned) or (default_endpoint(),)
-        self._endpoint = Endpoint(self._engine, config.server, endpoints, self._describe, assigned)
-        self._heartbeat = Heartbeat(notifier, self._engine, lambda: self._endpoint.requests)
+        self._lent = tuple(assigned)
+        self._endpoint = Endpoint(
+            self._engine,
+            config.server,
+            endpoints,
+            self._describe,
+            assigned,
+            front=0 if fronts > 1 else None,
+        )
+        self._endpoint.ask_status = self._status
+        self._heartbeat = Heartbeat(notifier, self._engine, self._requests)
         self._http: HttpServer | None = None
         self._stops = 0
         self._stopping = asyncio.Event()
@@ -132,11 +149,15 @@ class Front:
         try:
             self._heartbeat.start()
             self._endpoint.open()
+            for endpoint in self._endpoint.endpoints:
+                if endpoint.startswith("ipc://"):  # of a server that was killed, and had more fronts
+                    for front in range(1, MAX_FRONTS):
+                        remove_stale(front_endpoint(endpoint, front))
             log.info("listening", endpoints=self._endpoint.endpoints)
             address = self._engine.config.server.metrics
             if address is not None:
                 await self._watch(address)
-            starting = self._loop.create_task(self._engine.start())
+            starting = self._loop.create_task(self._start())
             code = await self._serve(starting)
         except ConfigError as e:
             code, failure = EXIT_CONFIG, e.message
@@ -150,6 +171,8 @@ class Front:
                 starting.cancel()
                 await asyncio.wait([starting])
             await self._reloads.stop()
+            if self._followers is not None:
+                await self._followers.stop()
             await self._engine.stop()
             if self._http is not None:
                 await self._http.close()
@@ -160,11 +183,72 @@ class Front:
         log.info("stopped", exit_code=code)
         return code
 
+    async def _start(self) -> None:
+        """Start the workers of all models, then the other fronts.
+
+        Raises:
+            PoolError: one model cannot be served.
+        """
+        await self._engine.start()
+        if self._followers is not None:
+            bound = [(asked, self._endpoint.bound[asked]) for asked in self._endpoint.endpoints]
+            fronts = range(1, self._engine.config.server.fronts)
+            endpoints = [endpoints_of(front, bound, self._lent) for front in fronts]
+            if not endpoints[0]:
+                log.warning("other fronts have nowhere to listen", lent=self._lent)
+            await self._followers.start(endpoints)
+
+    async def _follow(self) -> None:
+        """Return when all fronts serve what this one does."""
+        if self._followers is not None:
+            await self._followers.follow()
+
+    async def _finish(self, timeout_s: float) -> bool:
+        """Refuse new requests and finish what is admitted, at all fronts; whether that was done in time."""
+        if self._followers is None:
+            return await self._engine.drain(timeout_s)
+        return all(await asyncio.gather(self._engine.drain(timeout_s), self._followers.drain(timeout_s)))
+
+    # -- what all fronts have done ------------------------------------------------------------------
+
+    def _count(self) -> Tally:
+        return tallies.count(self._engine, self._endpoint.describe())
+
+    async def _total(self) -> Tally:
+        """What all fronts have counted."""
+        if self._followers is None:
+            return self._count()
+        await self._followers.refresh()
+        return self._followers.total()
+
+    def _counts(self) -> list[tuple[int, int, int, bool]]:
+        """Of each front: its number, requests, restarts, and whether it serves."""
+        others = [] if self._followers is None else self._followers.counts()
+        return [(0, self._endpoint.requests, 0, True), *others]
+
+    def _requests(self) -> int:
+        return sum(requests for _, requests, _, _ in self._counts())
+
+    async def _status(self) -> dict[str, Any]:
+        """The status document of the whole server."""
+        document = await self._endpoint.status()
+        front = document["front"]
+        lead = {"index": 0, "state": "serving", "restarts": 0, "last_error": ""}
+        for key in ("endpoints", "requests", "clients", "pid", "cpu_s", "uss_bytes", "pss_bytes"):
+            lead[key] = front[key]
+        document["fronts"] = [lead]
+        if self._followers is not None:
+            total = await self._total()
+            document["fronts"] += await self._followers.describe()
+            tallies.show(document, total)
+        return document
+
     async def _watch(self, address: str) -> None:
         # prometheus_client takes a quarter of a second to import: only who asks for it waits.
         from pool.front.exposition import Exposition
 
-        self._http = HttpServer(address, Exposition(self._engine, self._endpoint.describe).page)
+        exposition = Exposition(self._engine, self._endpoint.describe, self._total, self._counts)
+        self._http = HttpServer(address, exposition.page)
         await self._http.open()
         log.info("metrics", at=self._http.address)
         if not is_loopback(address):
@@ -211,7 +295,7 @@ class Front:
 
     async def _drain(self, timeout_s: float) -> int:
         log.info("draining", timeout_s=timeout_s)
-        drain = self._loop.create_task(self._engine.drain(timeout_s))
+        drain = self._loop.create_task(self._finish(timeout_s))
         hurry = self._loop.create_task(self._hurrying.wait())
         await asyncio.wait([drain, hurry], return_when=asyncio.FIRST_COMPLETED)
         hurry.cancel()
@@ -256,7 +340,8 @@ async def _check(config: Config, file: str) -> dict[str, Any]:
     finally:
         await supervisor.stop()
     wirings = wire_all(config.pipelines, reports, file)
-    return {"models": models, "pipelines": {name: _describe(wiring) for name, wiring in wirings.items()}}
+    pipelines = {name: _describe(wiring) for name, wiring in wirings.items()}
+    return {"models": models, "pipelines": pipelines, "fronts": config.server.fronts}
 
 
 def _describe(wiring: Wiring) -> dict[str, Any]:
