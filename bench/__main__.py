@@ -17,6 +17,7 @@ from bench import readme
 from bench.faults import faults
 from bench.figures import Figure, at_least, at_most, fact
 from bench.flow import flow
+from bench.fronts import fronts
 from bench.machine import describe
 from bench.overload import overload
 from bench.processes import Bare, server
@@ -110,6 +111,7 @@ MEASUREMENTS: dict[str, Callable[[int], list[Figure]]] = {
     "faults": faults,
     "overload": overload,
     "flow": flow,
+    "fronts": fronts,
 }
 
 

@@ -115,12 +115,13 @@ class Server:
 
 
 @contextmanager
-def server(path: Path, *, logs: bool = False, **settings: object) -> Iterator[Server]:
+def server(path: Path, *, logs: bool = False, fronts: int = 1, **settings: object) -> Iterator[Server]:
     """Serve one model until the block ends.
 
     Args:
         path: Of the model.
         logs: Whether to keep what the server writes, from level `info` on, rather than show its warnings.
+        fronts: Processes that serve the endpoint.
         settings: Keys of its `[models.model]` table.
     """
     with tempfile.TemporaryDirectory(prefix="pool-bench-") as folder:
@@ -129,7 +130,7 @@ def server(path: Path, *, logs: bool = False, **settings: object) -> Iterator[Se
         config = Path(folder, "bench.toml")
         config.write_text(
             f'[server]\nendpoints = ["{endpoint}"]\nlog_level = "{"info" if logs else "warning"}"\n'
-            f'[models.model]\npath = "{path}"\n{table}'
+            f'fronts = {fronts}\n[models.model]\npath = "{path}"\n{table}'
         )
         process = subprocess.Popen(
             [sys.executable, "-m", "pool", "serve", str(config)],
@@ -156,7 +157,9 @@ def drill_model(folder: Path, **keys: float) -> Path:
 def _await_ready(running: Server, process: subprocess.Popen[str]) -> None:
     while True:
         try:
-            if running.client.ready():
+            if running.client.ready() and all(
+                front["state"] == "serving" for front in running.client.status()["fronts"]
+            ):
                 return
         except Unavailable:
             pass
