@@ -29,6 +29,18 @@ def test_a_front_sees_what_the_others_gave_and_not_what_it_gave_itself(boards):
     assert [board.others(4) for board in boards] == [0, 1, 1]
 
 
+def test_answers_are_counted_over_all_fronts(boards):
+    lead, first, second = boards
+    for board in (lead, first, first):
+        board.add(3, 1)
+        board.answered(3)
+    assert [board.answers(3) for board in boards] == [3, 3, 3]
+    assert [board.others(3) for board in boards] == [0, 0, 0]
+    assert second.answers(4) == 0
+    lead.clear(1)
+    assert second.answers(3) == 1
+
+
 def test_the_last_place_is_that_of_what_may_kill_the_last_of_all_workers(boards):
     boards[2].add(1024, 1)
     assert boards[0].others(1024) == 1

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pool.client import dial as dial_module
+from pool.client.connection import choose_front
 from pool.client.core import ClientCore
-from pool.client.dial import Dial, Preference, choose_front
+from pool.client.dial import Dial, Preference
 from pool.endpoints import front_endpoint
 from tests.scripted_server import scripted_server
 

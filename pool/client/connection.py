@@ -12,6 +12,9 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+import os
+import random
+import socket
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -23,6 +26,7 @@ from pool import wire
 from pool.client.curve import Keys
 from pool.client.region import SHARE_BYTES, Regions
 from pool.client.route import Frame
+from pool.endpoints import MAX_FRONTS, front_endpoint
 from pool.errors import Unavailable, WireError
 from pool.wire import Flag, Kind
 
@@ -54,15 +58,42 @@ _FAILURES = (*_REFUSALS, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
 _EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | functools.reduce(operator.or_, _FAILURES)
 
 
+def choose_front(endpoint: str) -> str:
+    """Which front of a server to meet: at `ipc://` each has a socket file, beside that of the first.
+
+    Any of them, so that clients are spread over all. One that a dead front left is passed over; if there are
+    no others, it is the endpoint itself. (At `tcp://` the kernel chooses.)
+    """
+    if not endpoint.startswith("ipc://"):
+        return endpoint
+    found = [front_endpoint(endpoint, number) for number in range(MAX_FRONTS)]
+    found = [each for each in found if os.path.exists(each.removeprefix("ipc://"))]
+    while found:
+        chosen = found.pop(random.randrange(len(found)))
+        if chosen == endpoint or _listens(chosen):
+            return chosen
+    return endpoint
+
+
+def _listens(endpoint: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(endpoint.removeprefix("ipc://"))
+        except BlockingIOError:  # it is only busy
+            return True
+        except OSError:
+            return False
+        return True
+
+
 class Connection:
     """A DEALER socket and its monitor.
 
     Args:
         context: Of the sockets.
-        endpoint: Where to connect.
+        endpoint: Where to connect: to any front there.
         keys: For `tcp://` endpoints; None for none.
         share_memory: Whether large tensors may travel by memory shared with the server.
-        address: Where the server is met that the endpoint leads to; None for there.
 
     Attributes:
         endpoint: Where it leads.
@@ -83,10 +114,9 @@ class Connection:
         endpoint: str,
         keys: Keys | None = None,
         share_memory: bool = True,
-        address: str | None = None,
     ) -> None:
         self.endpoint = endpoint
-        address = address or endpoint
+        address = choose_front(endpoint)
         self.regions = Regions(address if share_memory else None)
         self.is_refused = False
         self.obstacle = ""

@@ -7,16 +7,13 @@ was `Unavailable` is avoided for a while: used only if no other answers.
 from __future__ import annotations
 
 import math
-import os
-import random
-import socket
 from collections.abc import Sequence
 
 import zmq
 
 from pool.client.connection import Connection
 from pool.client.curve import Keys
-from pool.endpoints import MAX_FRONTS, check_endpoint, default_endpoint, front_endpoint
+from pool.endpoints import check_endpoint, default_endpoint
 from pool.errors import ConfigError, DeadlineExceeded, PoolError, Unavailable
 
 # Seconds. A server that stops is gone, or one that starts is ready, after some such time; and where all are
@@ -42,34 +39,6 @@ def endpoints_of(endpoint: str | Sequence[str] | None) -> tuple[str, ...]:
     for each in endpoints:
         check_endpoint(each)
     return endpoints
-
-
-def choose_front(endpoint: str) -> str:
-    """Which front of a server to meet: at `ipc://` each has a socket file, beside that of the first.
-
-    Any of them, so that clients are spread over all. One that a dead front left is passed over; if there are
-    no others, it is the endpoint itself. (At `tcp://` the kernel chooses.)
-    """
-    if not endpoint.startswith("ipc://"):
-        return endpoint
-    found = [front_endpoint(endpoint, number) for number in range(MAX_FRONTS)]
-    found = [each for each in found if os.path.exists(each.removeprefix("ipc://"))]
-    while found:
-        chosen = found.pop(random.randrange(len(found)))
-        if chosen == endpoint or _listens(chosen):
-            return chosen
-    return endpoint
-
-
-def _listens(endpoint: str) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        try:
-            probe.connect(endpoint.removeprefix("ipc://"))
-        except BlockingIOError:  # it is only busy
-            return True
-        except OSError:
-            return False
-        return True
 
 
 def not_connected(dial: Dial, connect_timeout: float, timeout: float) -> PoolError:
@@ -146,8 +115,7 @@ class Dial:
         self.decides_at = now + _GRACE_S if len(preference.endpoints) > 1 else math.inf
         try:
             for endpoint in preference.endpoints:
-                address = choose_front(endpoint)
-                self.connections.append(Connection(context, endpoint, keys, share_memory, address))
+                self.connections.append(Connection(context, endpoint, keys, share_memory))
         except BaseException:
             self.close()
             raise

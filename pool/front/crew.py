@@ -131,6 +131,7 @@ class Crew(abc.ABC):
             is_lent = False
         if self._board is not None:
             self._board.add(worker.index, 1)
+            slot.answers = self._board.answers(worker.index)
         try:
             worker.run(slot, Ring.RUN_LENT if is_lent else Ring.RUN)
         except OSError as e:  # it is dying: its end is about to be seen, and the slot recovered then
@@ -154,7 +155,7 @@ class Crew(abc.ABC):
         counted.rows += done.rows
         began = max(done.dispatched_at, worker.answered_at)
         if self._board is not None:
-            self._board.add(worker.index, -1)
+            self._board.answered(worker.index)
             # Before that it had batches of other fronts, or none.
             began = max(began, min(self._generation.arena.read_began_s(done.index), now))
         counted.busy_s += now - began

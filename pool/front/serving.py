@@ -173,9 +173,11 @@ class Serving:
         timeout_s = self._batcher.timeout_s
         began = self.generation.arena.read_began_s(slot.index)
         if began < slot.given_at:
-            # In turn, it waits for a batch or two of each front. Longer, and a front that was to see to its
-            # own has ended.
-            if now < slot.given_at + (2 * self._board.fronts + 1) * timeout_s:
+            # It waits behind others as long as these are answered, of any front. If none is, its
+            # worker hangs, perhaps with a batch whose front has ended.
+            answers = self._board.answers(slot.place)
+            if answers != slot.answers:
+                slot.answers = answers
                 self._batcher.look_again(slot, now)
                 return False
         elif now - timeout_s < began <= now:

@@ -126,11 +126,13 @@ class Slot:
         closed_by: Why its batch went: `full`, `idle_worker` (it had room, but a worker had nothing to do),
             `overdue` (`max_queue_delay_s` passed), `no_room` (none for the next strings), `rerun`.
         has_ballast: Whether a ticket was settled before it ran: its rows need not run.
+        answers: The shell's note on how many batches its worker had answered for when it was last looked at.
         spared: The shell's count of workers that died with it before they had begun with it.
     """
 
     __slots__ = (
         "answered_at",
+        "answers",
         "aside",
         "capacity",
         "closed_by",
@@ -185,6 +187,7 @@ class Slot:
         self.is_overdue = False
         self.has_ballast = False
         self.spared = 0
+        self.answers = 0
         self.closed_by = ""
 
     @property
