@@ -53,6 +53,20 @@ backend = "drill"
 path = "{folder}/wide.toml"
 max_batch_size = 4
 slots = 6
+
+[models.lent]
+backend = "python"
+path = "{folder}/lent.py:double"
+max_batch_size = 1
+slots = 6
+"""
+FUNCTION = """
+from pool.python import model
+
+
+@model(inputs={"x": "float32 [any, 50000]"}, outputs={"y": "float32 [any, 50000]"})
+def double(x):
+    return x * 2
 """
 GONE_S = 5.0  # far more than it takes, on a machine that does much else
 
@@ -76,6 +90,7 @@ def write_models(folder):
         (folder / "one" / version / "drill.toml").write_text("batch_s = 0.001\n")
     (folder / "wide.toml").write_text("row_items = 50000\n")
     (folder / "slow.toml").write_text("batch_s = 0.3\n")
+    (folder / "lent.py").write_text(FUNCTION)
     return MODELS.format(folder=folder)
 
 
@@ -293,6 +308,16 @@ def test_tensors_of_a_clients_memory_come_to_a_follower(site):
             x = np.full((4, 50_000), n, np.float32)
             np.testing.assert_array_equal(client.predict("wide", inputs(x))["y"], drill.answer(x, 1))
     assert site.client.status()["front"]["regions"]["requests"] > before
+
+
+def test_workers_run_on_the_memory_of_a_followers_client(site):
+    worker = Path(f"/proc/{site.pids('lent')[0]}/maps")
+    with Client(site.other) as client:
+        for n in range(8):
+            x = np.full((1, 50_000), n, np.float32)
+            np.testing.assert_array_equal(client.predict("lent", x)["y"], x * 2)
+        assert "memfd:pool-region" in worker.read_text()
+    await_that(lambda: "memfd:pool-region" not in worker.read_text())
 
 
 def test_deadlines_and_cancels_hold_at_a_follower(site):

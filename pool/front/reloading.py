@@ -75,7 +75,8 @@ class Reloads:
         engine: To serve another configuration.
         path: Of the configuration file.
         tell: Called with True when a reload begins, and with False when it is over.
-        follow: Awaited when another configuration is served: it returns when other fronts serve it, too.
+        follow: Awaited when another configuration is served: it returns when other fronts serve it, too; None
+            if there are no others.
 
     Attributes:
         path: As above.
@@ -89,7 +90,7 @@ class Reloads:
         engine: Engine,
         path: str,
         tell: Callable[[bool], None],
-        follow: Callable[[], Awaitable[None]],
+        follow: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._engine = engine
         self._tell = tell
@@ -121,7 +122,8 @@ class Reloads:
             try:
                 config = await self._loop.run_in_executor(None, load_config, self.path)
                 self.changes = await reload(self._engine, config)
-                await self._follow()
+                if self._follow is not None:
+                    await self._follow()
             except PoolError as e:
                 self.changes, self.error = [], e.message
                 log.error("reload refused, nothing was changed", reason=e.message)

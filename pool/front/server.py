@@ -122,7 +122,8 @@ class Front:
         if fronts > 1:
             self._followers = Followers(self._engine, fronts, self._status, self._count)
             self._engine.sharing = self._followers
-        self._reloads = Reloads(self._engine, path, self._reloading, self._follow)
+        follow = None if self._followers is None else self._followers.follow
+        self._reloads = Reloads(self._engine, path, self._reloading, follow)
         endpoints = config.server.endpoints or tuple(assigned) or (default_endpoint(),)
         self._lent = tuple(assigned)
         self._endpoint = Endpoint(
@@ -197,11 +198,6 @@ class Front:
             if not endpoints[0]:
                 log.warning("other fronts have nowhere to listen", lent=self._lent)
             await self._followers.start(endpoints)
-
-    async def _follow(self) -> None:
-        """Return when all fronts serve what this one does."""
-        if self._followers is not None:
-            await self._followers.follow()
 
     async def _finish(self, timeout_s: float) -> bool:
         """Refuse new requests and finish what is admitted, at all fronts; whether that was done in time."""
