@@ -232,13 +232,10 @@ def test_a_reload_that_fails_as_nobody_foresaw_is_not_the_last(tmp_path, monkeyp
     def fail(_):
         raise ZeroDivisionError("of the reader")
 
-    async def follow():
-        pass
-
     async def main():
         told = []
         engine = Engine(Config(models={}))
-        reloads = Reloads(engine, str(tmp_path / "none.toml"), told.append, follow)
+        reloads = Reloads(engine, str(tmp_path / "none.toml"), told.append)
         with monkeypatch.context() as broken:
             broken.setattr(reloading, "load_config", fail)
             reloads.ask()
