@@ -727,12 +727,17 @@ def fill(house, model, count=8):
         house.rigs[model].place(("direct", i), rows(1))
 
 
+def park(house):
+    """A request waits for room in its second step's model."""
+    fill(house, "plus")
+    house.ask(1, "there", rows(2))
+    house.run_batch("double")
+    assert house.pipelines.waiting.of("there") == {"plus": 1}
+
+
 def test_whoever_finds_no_room_waits_and_holds_no_slot():
     def act(house):
-        fill(house, "plus")
-        house.ask(1, "there", rows(2))
-        house.run_batch("double")
-        assert house.pipelines.waiting.of("there") == {"plus": 1}
+        park(house)
         assert house.rigs["double"].batcher.is_idle
         house.run()
         house.check()
@@ -745,10 +750,7 @@ def test_rows_come_to_a_model_when_they_find_room_in_it():
     """Or what one waited in vain would be in the times of those that came much later."""
 
     def act(house):
-        fill(house, "plus")
-        house.ask(1, "there", rows(2))
-        house.run_batch("double")
-        assert house.pipelines.waiting.of("there") == {"plus": 1}
+        park(house)
         later = house.pipelines.clock() + 100
         house.pipelines.clock = lambda: later
         (execution,) = house.pipelines.executions

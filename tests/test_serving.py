@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -136,5 +137,22 @@ def test_a_worker_that_leaves_runs_what_it_has_ahead(tmp_path):
             await asyncio.sleep(0)
         await answers(calls)
         await leaving
+
+    run(tmp_path, scenario)
+
+
+def test_of_batches_that_would_all_be_too_late_only_the_last_runs(tmp_path):
+    async def scenario(pool):
+        async with stopped(pool):
+            calls = ask(pool, row(), row())  # of which one runs and one is ahead
+            await queued(pool, 1)
+            late, last = ask(pool, row(), row())
+            await queued(pool, 3)
+            forecast = pool._engine.models["m"].serving.generation.batcher._forecast
+            forecast.done_at = lambda *_: time.monotonic() + 1e6
+        with pytest.raises(errors.Overloaded, match="would answer too late"):
+            await late
+        await answers([*calls, last])
+        assert (await figures(pool))["rows"] == 3
 
     run(tmp_path, scenario)

@@ -5,7 +5,7 @@ one request at a time, most of an answer's time. So the loop is kept turning whi
 that came quickly the last time: the answer of a batch, or, with none running, the next request. What took
 longer than `awake_s` the last time is waited for asleep, so that slow models, rare requests and an idle
 server cost nothing. Every turn lets whoever else wants the core go first. Workers do the same
-(`pool.shm.doorbell.Waiter`).
+(`pool.shm.doorbell.Vigil`).
 """
 
 from __future__ import annotations

@@ -76,39 +76,74 @@ def ring(sock: socket.socket, message: Message) -> None:
         sock.send(fixed)
 
 
-class Waiter:
-    """Waits for messages at the worker's end: awake as long as that pays, then asleep.
+class Vigil:
+    """Waits until descriptors can be read: awake as long as that pays, then asleep.
 
     To be woken costs tens of microseconds where a core has gone idle meanwhile, and finds its caches cold.
-    A waiter whose last message came within `awake_s` stays awake so long for the next one, and in every turn
-    lets whoever else wants its core go first. One that waited longer sleeps at once: where messages are
+    Whoever waits, and had what came last within `awake_s`, stays awake so long for the next one, and in every
+    turn lets whoever else wants its core go first. One that waited longer sleeps at once: where messages are
     rare, and on an idle server, nothing is burnt. So does one that was busy for longer than `awake_s` with
     the last message: beside that, to be woken costs little, and the front wants a core for the answer.
 
     Args:
-        sock: The worker's end, blocking.
         awake_s: Longest it stays awake; 0 to sleep always.
+    """
+
+    def __init__(self, awake_s: float) -> None:
+        self._awake_s = awake_s
+        self._pays = False
+        self._began = self._gave_at = 0.0
+        self._poll = select.poll()
+
+    def listen(self, fd: int) -> None:
+        """Wait for this one, too."""
+        self._poll.register(fd, select.POLLIN)
+
+    def forget(self, fd: int) -> None:
+        """Wait for this one no more."""
+        self._poll.unregister(fd)
+
+    def wait(self) -> list[int]:
+        """Those that can be read, once there are any."""
+        ready = self.watch() or self._poll.poll()
+        self.came()
+        return [fd for fd, _ in ready]
+
+    def watch(self) -> list[tuple[int, int]]:
+        """The part that is awake; what it found, which may be nothing."""
+        began = self._began = time.monotonic()
+        ready: list[tuple[int, int]] = []
+        if self._pays and began - self._gave_at < self._awake_s:
+            until = began + self._awake_s
+            poll = self._poll.poll
+            while not (ready := poll(0)) and time.monotonic() < until:
+                os.sched_yield()
+        return ready
+
+    def came(self) -> None:
+        """What was waited for since `watch` is there."""
+        self._gave_at = time.monotonic()
+        self._pays = self._gave_at - self._began < self._awake_s
+
+
+class Waiter:
+    """Waits for messages at the worker's end.
+
+    Args:
+        sock: The worker's end, blocking.
+        awake_s: Longest it stays awake (`Vigil`).
     """
 
     def __init__(self, sock: socket.socket, awake_s: float) -> None:
         self._sock = sock
-        self._awake_s = awake_s
-        self._pays = False
-        self._gave_at = 0.0
-        poll = select.poll()
-        poll.register(sock, select.POLLIN)
-        self._poll = poll.poll
+        self._vigil = Vigil(awake_s)
+        self._vigil.listen(sock.fileno())
 
     def next(self) -> Message | None:
         """The next message; None when the other end is gone."""
-        began = time.monotonic()
-        if self._pays and began - self._gave_at < self._awake_s:
-            until = began + self._awake_s
-            while not self._poll(0) and time.monotonic() < until:
-                os.sched_yield()
-        message = answer(self._sock)
-        self._gave_at = time.monotonic()
-        self._pays = self._gave_at - began < self._awake_s
+        self._vigil.watch()
+        message = answer(self._sock)  # which sleeps by itself
+        self._vigil.came()
         return message
 
 

@@ -7,10 +7,7 @@ ended is forgotten, with all that was bound to its memory; when the lead's doorb
 
 from __future__ import annotations
 
-import os
-import select
 import socket
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -55,42 +52,6 @@ class _Front:
         self.runner.close()
 
 
-class _Ears:
-    """Waits for messages of any front, awake as long as that pays (`pool.shm.doorbell.Waiter`).
-
-    Args:
-        awake_s: Longest it stays awake; 0 to sleep always.
-    """
-
-    def __init__(self, awake_s: float) -> None:
-        self._awake_s = awake_s
-        self._pays = False
-        self._gave_at = 0.0
-        self._poll = select.poll()
-
-    def listen(self, fd: int) -> None:
-        """Wait for this one, too."""
-        self._poll.register(fd, select.POLLIN)
-
-    def forget(self, fd: int) -> None:
-        """Wait for this one no more."""
-        self._poll.unregister(fd)
-
-    def next(self) -> list[int]:
-        """Those that have something to say."""
-        began = time.monotonic()
-        ready = self._poll.poll(0)
-        if not ready and self._pays and began - self._gave_at < self._awake_s:
-            until = began + self._awake_s
-            while not (ready := self._poll.poll(0)) and time.monotonic() < until:
-                os.sched_yield()
-        if not ready:
-            ready = self._poll.poll()
-        self._gave_at = time.monotonic()
-        self._pays = self._gave_at - began < self._awake_s
-        return [fd for fd, _ in ready]
-
-
 def serve_fronts(
     lead: socket.socket, runner: Runner, joins: socket.socket, make_runner: MakeRunner, awake_s: float
 ) -> int:
@@ -107,7 +68,7 @@ def serve_fronts(
         The process's exit code.
     """
     fronts = {lead.fileno(): _Front(lead, runner)}
-    ears = _Ears(awake_s)
+    ears = doorbell.Vigil(awake_s)
     ears.listen(lead.fileno())
     ears.listen(joins.fileno())
 
@@ -116,7 +77,7 @@ def serve_fronts(
         fronts.pop(fd).close()
 
     while True:
-        for fd in ears.next():
+        for fd in ears.wait():
             if fd == joins.fileno():
                 joined = joining.receive(joins)
                 if joined is None:
