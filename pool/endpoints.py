@@ -13,8 +13,8 @@ MAX_IPC_PATH_BYTES = 107
 
 SOCKET_NAME = "pool.sock"
 
-# Beside an endpoint's socket file lies that of the socket over which regions are passed (`docs/wire.md` 7).
-REGION_SUFFIX = ".fd"
+# Beside an endpoint's socket file lies that of the socket for regions and lines (`docs/wire.md` 7, 8).
+SIDE_SUFFIX = ".fd"
 
 # Fronts of one server, at most. Beside the socket file of the first lie those of the others, numbered.
 MAX_FRONTS = 16
@@ -37,15 +37,15 @@ def default_endpoint() -> str:
     return f"ipc://{directory}/{SOCKET_NAME}"
 
 
-def region_path(endpoint: str) -> str | None:
-    """The file of the socket over which the regions of an endpoint's clients are passed.
+def side_path(endpoint: str) -> str | None:
+    """The file of the socket by which an endpoint's clients pass regions and open lines.
 
     Returns:
         None where there can be none: not `ipc://`, or the path would be too long.
     """
     if not endpoint.startswith("ipc://"):
         return None
-    path = endpoint.removeprefix("ipc://") + REGION_SUFFIX
+    path = endpoint.removeprefix("ipc://") + SIDE_SUFFIX
     return path if len(os.fsencode(path)) <= MAX_IPC_PATH_BYTES else None
 
 

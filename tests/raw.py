@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
+import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -163,3 +166,16 @@ def anonymous_bytes(pid: int) -> int:
     with open(f"/proc/{pid}/status") as status:
         (line,) = (line for line in status if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
+
+
+@contextlib.contextmanager
+def bound(endpoint: str, permissions: int = 0o600) -> Iterator[None]:
+    """A socket file as an endpoint has one."""
+    path = endpoint.removeprefix("ipc://")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(path)
+        os.chmod(path, permissions)
+        try:
+            yield
+        finally:
+            os.unlink(path)

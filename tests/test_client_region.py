@@ -11,17 +11,18 @@ import tempfile
 
 import numpy as np
 import pytest
-import zmq
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from pool import AsyncClient, Client, wire
 from pool.client import region
-from pool.client.connection import Connection
 from pool.client.region import Regions, Space
+from pool.endpoints import side_path
 from pool.errors import Unavailable
 from pool.front import regions as front
+from pool.front.doorway import Doorway
 from pool.wire import REFERENCE, Flag, Header, Kind
+from tests.raw import bound
 from tests.scripted_server import scripted_server
 
 LARGE = region.SHARE_BYTES
@@ -105,14 +106,15 @@ def reply(id_):
 async def regions_of(endpoint):
     """A client's regions, and the front's."""
     there = front.Regions()
-    with socket.socket(socket.AF_UNIX) as beside:
-        beside.bind(endpoint.removeprefix("ipc://"))
-        there.listen(endpoint)
-    here = Regions(endpoint)
+    door = Doorway({wire.REGION_MAGIC: there.take})
+    with bound(endpoint):
+        door.listen(endpoint)
+    here = Regions(side_path(endpoint))
     try:
         yield here, there
     finally:
         here.close()
+        door.close()
         there.close()
 
 
@@ -306,7 +308,7 @@ ANSWERS = {
 
 @pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
 def test_without_a_grant_requests_go_as_they_are_and_the_server_is_left_in_peace(endpoint, answer):
-    here = Regions(endpoint)
+    here = Regions(side_path(endpoint))
     with listener(endpoint) as there:
         frames = request(1)
         assert here.place(frames) is frames
@@ -325,7 +327,7 @@ def test_without_a_grant_requests_go_as_they_are_and_the_server_is_left_in_peace
 
 
 def test_a_grant_that_never_comes_is_not_waited_for(endpoint):
-    here = Regions(endpoint)
+    here = Regions(side_path(endpoint))
     with listener(endpoint):
         frames = request(1)
         for _ in range(5):
@@ -344,7 +346,7 @@ def no_descriptors():
 
 
 def test_without_descriptors_or_memory_requests_go_as_they_are(endpoint, monkeypatch):
-    here, poor = Regions(endpoint), Regions(endpoint)
+    here, poor = Regions(side_path(endpoint)), Regions(side_path(endpoint))
     frames = request(1)
     with listener(endpoint):
         here.place(frames)
@@ -364,27 +366,33 @@ def test_a_server_without_regions_gets_large_requests_whole(endpoint):
             assert got["x"].tobytes() == image.tobytes()
 
 
-def shares(client):
-    return client._share_memory if isinstance(client, Client) else client._exchange._share_memory
-
-
 @pytest.mark.parametrize("made", [Client, AsyncClient])
-def test_sharing_can_be_turned_off(made, endpoint):
-    client = made(endpoint, share_memory=False)
-    context = zmq.Context()
-    with listener(endpoint) as there:
-        connection = Connection(context, endpoint, share_memory=shares(client))
-        for id_ in range(4):
-            connection.send(request(id_))
+@pytest.mark.parametrize("share_memory", [True, False])
+def test_whoever_wants_nothing_but_zeromq_gets_nothing_else(made, share_memory, endpoint):
+    image = np.zeros((1, LARGE), np.uint8)
+
+    async def ask():
+        async with AsyncClient(endpoint, share_memory=share_memory) as client:
+            for _ in range(4):
+                await client.predict("m", image, signature="large")
+
+    with listener(endpoint) as there, scripted_server(endpoint):
+        if made is AsyncClient:
+            asyncio.run(ask())
+        else:
+            with Client(endpoint, share_memory=share_memory) as client:
+                for _ in range(4):
+                    client.predict("m", image, signature="large")
         there.setblocking(False)
-        with pytest.raises(BlockingIOError):
-            there.accept()
-        connection.close()
-    context.term()
+        if share_memory:
+            there.accept()[0].close()
+        else:
+            with pytest.raises(BlockingIOError):
+                there.accept()
 
 
 def test_tcp_has_no_regions():
-    here = Regions("tcp://127.0.0.1:5600")
+    here = Regions(side_path("tcp://127.0.0.1:5600"))
     frames = request(1)
     for _ in range(3):
         assert here.place(frames) is frames

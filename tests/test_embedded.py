@@ -188,7 +188,7 @@ def test_the_status_says_the_same_of_both(both):
     assert embedded["models"].keys() == remote["models"].keys()
     for name, model in embedded["models"].items():
         assert model.keys() == remote["models"][name].keys()
-    of_a_server = {"authorized_keys", "last_errors", "refused_connections", "regions", "reload"}
+    of_a_server = {"authorized_keys", "last_errors", "lines", "refused_connections", "regions", "reload"}
     assert remote["front"].keys() - embedded["front"].keys() == of_a_server
     assert embedded["front"]["pid"] == os.getpid()
     assert embedded["front"]["requests"] == remote["front"]["requests"]

@@ -27,7 +27,7 @@ from pool import AsyncClient, Client, DeadlineExceeded, PoolError, Retry, Unavai
 from pool.backends import drill
 from pool.backends.drill import Fault
 from pool.client import connection
-from pool.endpoints import region_path
+from pool.endpoints import side_path
 from tests.raw import await_that
 from tests.test_server import free_port
 
@@ -592,7 +592,7 @@ def test_one_front_is_one_process_and_one_file(tmp_path, start_server):
         status = client.status()
         assert [front["index"] for front in status["fronts"]] == [0]
         names = {path.name for path in tmp_path.glob("pool.sock*")}
-        side = region_path(server.endpoint)
+        side = side_path(server.endpoint)
         assert names == {"pool.sock", Path(side).name}
         children = psutil.Process(server.process.pid).children(recursive=True)
         workers = sum(len(model["workers"]) for model in status["models"].values())

@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pool import errors, wire
+from pool import errors, packets, wire
 from pool.errors import Overloaded, PoolError, ProtocolVersionError, WireError
 from pool.signature import DTYPES, numpy_dtype
 from pool.wire import (
@@ -192,9 +192,13 @@ def test_a_time_line_is_added_behind_what_is_there():
 def test_documented_packets():
     boxes = re.findall(r"```packet (.+)\n((?:.*\n)*?)```", DOCUMENT)
     found = {name: bytes.fromhex(re.sub(r";.*", "", body)) for name, body in boxes}
+    (live,) = documented_messages()["LIVE"]
     assert found == {
         "offer": wire.REGION_OFFER.pack(wire.REGION_MAGIC, wire.REGION_VERSION, 1 << 20),
         "grant": wire.REGION_GRANT.pack(wire.REGION_MAGIC, wire.REGION_VERSION, TOKEN, 1 << 30),
+        "hello": packets.HELLO.pack(packets.LINE_MAGIC, packets.LINE_VERSION),
+        "welcome": packets.WELCOME.pack(packets.LINE_MAGIC, packets.LINE_VERSION, packets.REQUEST_MAX_BYTES),
+        "line LIVE": packets.make_table([live]) + live,
     }
 
 

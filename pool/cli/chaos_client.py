@@ -276,10 +276,10 @@ class RawPlayer(Player):
         connection = self._connect()
         try:
             connection.send(self._core.signature_request(task.model)[1])
-            if not connection.socket.poll(int(task.patience_s * 1e3)):
+            message = connection.receive_within(task.patience_s)
+            if message is None:
                 raise Unavailable(f"{task.endpoint} does not tell the signature of model {task.model!r}")
-            reply = self._core.receive(connection.receive())
-            self._core.learn(task.model, None, reply.take_document())
+            self._core.learn(task.model, None, self._core.receive(message).take_document())
             self.is_ready()
             next_s = time.monotonic()
             silent_s = math.inf  # since when nothing has been under way, once it stops
@@ -323,10 +323,7 @@ class RawPlayer(Player):
 
     def _listen(self, connection: Connection, timeout_s: float) -> Connection:
         """Take what comes within that time; gives the connection to go on with."""
-        watched = [(connection.socket, zmq.POLLIN), (connection.monitor, zmq.POLLIN)]
-        ready = zmq.zmq_poll(watched, max(0, math.ceil(timeout_s * 1e3)))
-        if not ready:
-            return connection
+        connection.wait(max(0, math.ceil(timeout_s * 1e3)))
         error: PoolError | None = None
         try:
             while True:

@@ -164,9 +164,6 @@ class LoadClient:
         self._context.setsockopt(zmq.SNDHWM, 0)
         self._context.setsockopt(zmq.RCVHWM, 0)
         self._connection = Connection(self._context, task.endpoint, keys_of(task.server_key, task.secret_key))
-        sockets = (self._connection.socket, self._connection.monitor)
-        self._watched = [(socket, zmq.POLLIN) for socket in sockets]
-        self._descriptors = [int(socket.get(zmq.FD)) for socket in sockets]
         # Of each input: its message before the request's id and after its timeout, and its tensors.
         self._messages: list[tuple[bytes, bytes, list[Frame]]] = []
         self._latencies_s: list[float] = []
@@ -209,9 +206,10 @@ class LoadClient:
 
     def _call(self, request: Request) -> Reply:
         self._connection.send(request[1])
-        if not self._connection.socket.poll(int(self._task.timeout_s * 1000)):
+        message = self._connection.receive_within(self._task.timeout_s)
+        if message is None:
             raise DeadlineExceeded(f"no answer from {self._task.endpoint} within {self._task.timeout_s:g} s")
-        return self._core.receive(self._connection.receive())
+        return self._core.receive(message)
 
     # -- during ------------------------------------------------------------------------------------
 
@@ -281,7 +279,7 @@ class LoadClient:
             until_s = heard_s + task.timeout_s if sent > self._done else math.inf
             if due_s is not None and sent < limit:
                 until_s = min(until_s, due_s[sent])
-            if not self._wait(until_s):
+            if not self._wait(until_s) and not self._take(begun_s):  # what came before it broke counts
                 return Unavailable.code
             if sent > self._done and clock() >= heard_s + task.timeout_s:
                 return DeadlineExceeded.code
@@ -319,12 +317,11 @@ class LoadClient:
         """Wait for news or that instant; False if the connection broke."""
         timeout_s = max(0.0, until_s - time.monotonic())
         if self._task.rate is None:
-            # ZeroMQ's own poll sleeps through what is news to the descriptor but no message.
-            news = zmq.zmq_poll(self._watched, -1 if timeout_s == math.inf else math.ceil(timeout_s * 1e3))
-            return not news or news[0][0] is self._connection.socket or not self._connection.is_broken()
-        # But it counts whole milliseconds, and the next request may be due sooner.
-        ready, _, _ = select.select(self._descriptors, [], [], None if timeout_s == math.inf else timeout_s)
-        return not ready or not self._connection.is_broken()
+            self._connection.wait(-1 if timeout_s == math.inf else math.ceil(timeout_s * 1e3))
+        else:  # that counts whole milliseconds, and the next request may be due sooner
+            watched = self._connection.descriptors()
+            select.select(watched, [], [], None if timeout_s == math.inf else timeout_s)
+        return not self._connection.is_broken()
 
 
 def tell(line: dict[str, Any]) -> None:

@@ -35,8 +35,8 @@ class AsyncClient(Predictor):
         cast: `"safe"` makes lossless casts of inputs only (int32 to int64, float32 to float64);
             `"same_kind"` also float64 to float32 and the like.
         retry: Which failed predictions are made again, and when; None for none of them.
-        share_memory: Whether large inputs go to a server at an `ipc://` endpoint by shared memory, where it
-            has that. False to send everything through the socket.
+        share_memory: Whether to go past ZeroMQ to a server at an `ipc://` endpoint: large inputs by shared
+            memory, the rest over a Unix socket. False to send everything through ZeroMQ.
         server_key: The server's public key, or the path of its file; for `tcp://` endpoints with keys.
         secret_key: This client's secret key, or the path of its file; both keys, or neither.
 

@@ -1,21 +1,27 @@
-"""One ZeroMQ connection to one endpoint, and how it is heard to break. Client process.
+"""One connection to one endpoint, and how it is heard to break. Client process.
 
 ZeroMQ reconnects in silence, and a request that was under way then has no reply, ever. So each
 connection watches its own socket's monitor; one that broke is closed and replaced, never used again.
 
 The monitor also tells when a server is there. ZMQ_IMMEDIATE, the usual way to learn that, is not used:
 when a connection ends it drops the replies that were received but not read yet (libzmq 4.3.5).
+
+On the server's machine a connection gets a line beside its socket (`pool.client.line`). Messages go over
+whichever takes them, replies come back the same way, and where one breaks both are given up.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 import operator
 import os
 import random
+import select
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, cast
@@ -24,9 +30,10 @@ import zmq
 
 from pool import wire
 from pool.client.curve import Keys
+from pool.client.line import Approach, Line
 from pool.client.region import SHARE_BYTES, Regions
 from pool.client.route import Frame
-from pool.endpoints import MAX_FRONTS, front_endpoint
+from pool.endpoints import MAX_FRONTS, front_endpoint, side_path
 from pool.errors import Unavailable, WireError
 from pool.wire import Flag, Kind
 
@@ -87,13 +94,14 @@ def _listens(endpoint: str) -> bool:
 
 
 class Connection:
-    """A DEALER socket and its monitor.
+    """A DEALER socket and its monitor, and perhaps a line.
 
     Args:
         context: Of the sockets.
         endpoint: Where to connect: to any front there.
         keys: For `tcp://` endpoints; None for none.
-        share_memory: Whether large tensors may travel by memory shared with the server.
+        is_local: Whether messages may go past ZeroMQ to a server on this machine: large tensors by memory
+            shared with it, the rest over a line.
 
     Attributes:
         endpoint: Where it leads.
@@ -101,6 +109,7 @@ class Connection:
         monitor: Readable when something happened to the connection: ask `is_connected` then, and once
             that was true, `is_broken`.
         regions: The memory shared with the server.
+        line: Where messages go past ZeroMQ; None as long as they do not.
         is_refused: Whether the server turned this client away, after which ZeroMQ does not try again.
         obstacle: What kept the last handshake from succeeding, in words; empty if nothing is known.
 
@@ -113,11 +122,15 @@ class Connection:
         context: zmq.Context[zmq.Socket[bytes]],
         endpoint: str,
         keys: Keys | None = None,
-        share_memory: bool = True,
+        is_local: bool = True,
     ) -> None:
         self.endpoint = endpoint
         address = choose_front(endpoint)
-        self.regions = Regions(address if share_memory else None)
+        side = side_path(address) if is_local else None
+        self.regions = Regions(side)
+        self.line: Line | None = None
+        self._approach = Approach(side)
+        self._poll: select.poll | None = None
         self.is_refused = False
         self.obstacle = ""
         self._is_tcp = endpoint.startswith("tcp://")
@@ -183,6 +196,8 @@ class Connection:
 
     def is_broken(self) -> bool:
         """Whether a connection that was once established has ended since; reconnected or not."""
+        if self.line is not None and self.line.is_lost:
+            return True
         for event, _ in self._news():
             if event == zmq.EVENT_DISCONNECTED:
                 self._stands = False
@@ -210,15 +225,44 @@ class Connection:
         Raises:
             zmq.Again: the queue is full; none of it was sent.
         """
-        if sum(map(len, frames)) < SHARE_BYTES:
-            self._queue(frames)
+        size = sum(map(len, frames))
+        if size < SHARE_BYTES:
+            if not self._hand_over(frames, size):
+                self._queue(frames)
             return
-        frames = self.regions.place(frames)
+        placed = self.regions.place(frames)
+        if placed is not frames:
+            size = sum(map(len, placed))
+        if self._hand_over(placed, size):
+            return
         try:
-            self._queue(frames)
+            self._queue(placed)
         except zmq.Again:
-            self.regions.answered(frames[0])
+            self.regions.answered(placed[0])
             raise
+
+    def cancel(self, frames: Sequence[Frame]) -> None:
+        """Queue a message that withdraws a request, whichever way that went: to the other it says nothing.
+
+        Raises:
+            zmq.Again: the queue is full.
+        """
+        if self.line is not None:
+            self.line.send(frames, sum(map(len, frames)))
+        self._queue(frames)
+
+    def _hand_over(self, frames: Sequence[Frame], size: int) -> bool:
+        """Send a message over the line, if there is one and room in it."""
+        if self.line is not None:
+            return self.line.send(frames, size)
+        if not self._approach.is_over:
+            self.line = self._approach.step()
+            if self.line is not None:
+                self._poll = select.poll()
+                for each in (self.line, self.socket, self.monitor):
+                    self._poll.register(each.fileno(), select.POLLIN)
+                return self.line.send(frames, size)
+        return False
 
     def _queue(self, frames: Sequence[Frame]) -> None:
         send = self._send
@@ -231,9 +275,17 @@ class Connection:
 
         Raises:
             zmq.Again: there is none.
-            WireError: a RESULT without a tensor, or a bundle without a table; the connection is of no more
-                use.
+            WireError: a RESULT without a tensor, a bundle without a table, or no message at all; the
+                connection is of no more use.
         """
+        if self.line is not None:
+            message = self.line.receive()
+            if message is not None:
+                if self.regions.live:
+                    self.regions.answered(message[0])
+                return message
+            if not self.has_message():  # to be told by an exception costs five times as much
+                raise zmq.Again
         # A header arrives as bytes, the cheap way, which cannot tell whether more follows. It says itself:
         # a RESULT has at least one tensor (`docs/wire.md` 3.6), a bundle of ERRORs has a table (3.9), and
         # nothing else has any. Frames, which do know, cost 0.4 µs more each, and asking the socket 0.7 µs.
@@ -253,11 +305,47 @@ class Connection:
         except zmq.Again:
             raise WireError("the server sent a RESULT without tensors or a bundle without a table") from None
 
+    def wait(self, timeout_ms: int) -> None:
+        """Wait until `receive` or `is_broken` may have news, or for so long (-1: for ever).
+
+        Raises:
+            zmq.ContextTerminated: the context is closed.
+        """
+        if self._poll is None:
+            zmq.zmq_poll([(self.socket, zmq.POLLIN), (self.monitor, zmq.POLLIN)], timeout_ms)
+        # ZeroMQ's descriptors tell of changes only: first to be asked what there is already.
+        elif not (self.has_message() or _events(self.monitor) & zmq.POLLIN):
+            self._poll.poll(timeout_ms)
+
+    def receive_within(self, timeout_s: float) -> list[Frame] | None:
+        """As `receive`, waiting so long for a message; None if none came.
+
+        Raises:
+            WireError: as `receive`.
+        """
+        until = time.monotonic() + timeout_s
+        while True:
+            try:
+                return self.receive()
+            except zmq.Again:
+                left = until - time.monotonic()
+                if left <= 0:
+                    return None
+                self.wait(math.ceil(left * 1e3))
+
+    def descriptors(self) -> list[int]:
+        """What to watch for news, where nothing was left to read."""
+        line = [] if self.line is None else [self.line.fileno()]
+        return [*line, self.socket.fileno(), self.monitor.fileno()]
+
     def close(self) -> None:
         """Close both sockets, and take the shared memory back; what was queued is dropped."""
         if self.socket.closed:
             return
         self.regions.close()
+        self._approach.close()
+        if self.line is not None:
+            self.line.close()
         # First: an event that nobody can take any more blocks ZeroMQ's thread, and so all other connections.
         with suppress(zmq.ContextTerminated):
             self.socket.disable_monitor()

@@ -92,7 +92,7 @@ class Dial:
         preference: The endpoints.
         keys: For those that are secured; None for none.
         now: The present instant, in seconds.
-        share_memory: As of `Connection`.
+        is_local: As of `Connection`.
 
     Raises:
         Unavailable: no socket could be made (file descriptors used up).
@@ -108,14 +108,14 @@ class Dial:
         preference: Preference,
         keys: Keys | None,
         now: float,
-        share_memory: bool = True,
+        is_local: bool = True,
     ) -> None:
         self._preference = preference
         self.connections: list[Connection] = []
         self.decides_at = now + _GRACE_S if len(preference.endpoints) > 1 else math.inf
         try:
             for endpoint in preference.endpoints:
-                self.connections.append(Connection(context, endpoint, keys, share_memory))
+                self.connections.append(Connection(context, endpoint, keys, is_local))
         except BaseException:
             self.close()
             raise

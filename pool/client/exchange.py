@@ -1,8 +1,9 @@
 """Requests out and replies back: the connection, queue and deadlines of an `AsyncClient`. Client process.
 
-One DEALER carries everything. The loop watches ZeroMQ's file descriptor itself (`zmq.asyncio` costs
+One connection carries everything. The loop watches ZeroMQ's file descriptor itself (`zmq.asyncio` costs
 three times as much per request), which is edge-triggered: it says once that *something* changed. So
-every wake-up drains the socket until it is empty, and every send is followed by another look.
+every wake-up drains the socket until it is empty, and every send is followed by another look. (A
+connection's line is an ordinary socket beside it, drained in the same breath.)
 
 A request is a future in `_pending`, by id. It waits in `_unsent` until the loop's next turn, so that what
 was asked for in this one is sent in bundles, and longer while there is no connection or the queue is
@@ -29,6 +30,7 @@ from pool.client.core import ClientCore, Request
 from pool.client.curve import Keys
 from pool.client.deadlines import Deadlines
 from pool.client.dial import Dial, Preference, not_connected
+from pool.client.line import Line
 from pool.client.region import IDLE_S
 from pool.client.reply import Reply
 from pool.errors import Cancelled, DeadlineExceeded, PoolError, Unavailable, WireError, error_from_code
@@ -48,7 +50,7 @@ class Exchange:
         preference: The endpoints, dialled when there is something to send.
         keys: For those that are secured; None for none.
         connect_timeout: Longest to wait for one of them, in seconds.
-        share_memory: As of `Connection`.
+        is_local: As of `Connection`.
     """
 
     def __init__(
@@ -57,17 +59,18 @@ class Exchange:
         preference: Preference,
         keys: Keys | None,
         connect_timeout: float,
-        share_memory: bool = True,
+        is_local: bool = True,
     ) -> None:
         self._core = core
         self._keys = keys
         self._preference = preference
         self._connect_timeout = connect_timeout
-        self._share_memory = share_memory
+        self._is_local = is_local
         self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._connection: Connection | None = None
+        self._line: Line | None = None  # of a connection that is, or was, the one above; listened to
         self._retired: dict[Connection, set[int]] = {}  # with the requests sent over them, by id
         self._dial: Dial | None = None
         self._dial_timers: list[asyncio.TimerHandle] = []
@@ -200,6 +203,10 @@ class Exchange:
                 sent += count
         except zmq.Again:
             self._unsent.extend(wanted[sent:])
+        if connection.line is not None and connection.line is not self._line:
+            assert self._loop is not None
+            self._line = connection.line
+            self._loop.add_reader(self._line.fileno(), self._on_readable, connection)
         self._schedule_look()
 
     def _withdraw(self, id_: int) -> None:
@@ -218,7 +225,7 @@ class Exchange:
             if connection is not None:
                 self._retired.get(connection, set()).discard(id_)
                 with suppress(zmq.Again):
-                    connection.send(self._core.cancel(id_))
+                    connection.cancel(self._core.cancel(id_))
 
     def _connection_of(self, id_: int) -> Connection | None:
         """The connection that a request was sent over, if that still stands."""
@@ -256,7 +263,9 @@ class Exchange:
                 taken += self._take_replies(connection)
             self._schedule_look()
         except zmq.Again:
-            if self._unsent and connection is self._connection:
+            if connection.line is not None and connection.line.is_lost:
+                self._on_monitor(connection)
+            elif self._unsent and connection is self._connection:
                 self._send_unsent(connection)
         except WireError as e:
             self._hang_up(connection, e)
@@ -301,7 +310,7 @@ class Exchange:
             self._context = zmq.Context()
         try:
             now = self._loop.time()
-            self._dial = Dial(self._context, self._preference, self._keys, now, self._share_memory)
+            self._dial = Dial(self._context, self._preference, self._keys, now, self._is_local)
         except Unavailable as e:
             self._fail_unsent(e)
             return
@@ -384,6 +393,8 @@ class Exchange:
         if not self._loop.is_closed():
             self._loop.remove_reader(connection.socket.fileno())
             self._loop.remove_reader(connection.monitor.fileno())
+            if connection.line is not None:
+                self._loop.remove_reader(connection.line.fileno())
         connection.close()
 
     def _hang_up(self, connection: Connection, error: PoolError) -> None:

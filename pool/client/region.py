@@ -30,7 +30,6 @@ import numpy.typing as npt
 
 from pool import wire
 from pool.client.route import Frame
-from pool.endpoints import region_path
 from pool.errors import PoolError, Unavailable, WireError
 from pool.shm.memory import available_bytes
 from pool.wire import Flag, Kind
@@ -186,14 +185,14 @@ class Regions:
     """The regions of one connection, which belong to whoever uses that.
 
     Args:
-        endpoint: Where the connection leads; None to have none.
+        path: Of the socket beside the endpoint's; None to have none.
 
     Attributes:
         live: Blocks in use: by the id of their request, as it is in the header, the region and the offset.
     """
 
-    def __init__(self, endpoint: str | None) -> None:
-        self._path = region_path(endpoint) if endpoint is not None else None
+    def __init__(self, path: str | None) -> None:
+        self._path = path
         self._granted: list[Region] = []
         self._asked: Region | None = None
         self._was_asked = False

@@ -48,8 +48,8 @@ class Client:
         cast: `"safe"` makes lossless casts of inputs only (int32 to int64, float32 to float64);
             `"same_kind"` also float64 to float32 and the like.
         retry: Which failed predictions are made again, and when; None for none of them.
-        share_memory: Whether large inputs go to a server at an `ipc://` endpoint by shared memory, where it
-            has that. False to send everything through the socket.
+        share_memory: Whether to go past ZeroMQ to a server at an `ipc://` endpoint: large inputs by shared
+            memory, the rest over a Unix socket. False to send everything through ZeroMQ.
         server_key: The server's public key, or the path of its file; for `tcp://` endpoints with keys.
         secret_key: This client's secret key, or the path of its file; both keys, or neither.
 
@@ -280,19 +280,19 @@ class Client:
     def _converse(self, connection: Connection, request: Request, timeout: float, deadline: float) -> Reply:
         id_, frames = request
         connection.send(frames)  # has room: nothing else is under way on it
-        watched = [(connection.socket, zmq.POLLIN), (connection.monitor, zmq.POLLIN)]
         is_broken = False
         while True:
-            ready = zmq.zmq_poll(watched, 0 if is_broken else _poll_ms(deadline))
-            # In the order watched: what the server still sent before it went away counts.
-            if ready and ready[0][0] is connection.socket:
+            connection.wait(0 if is_broken else _poll_ms(deadline))
+            try:
+                # First: what the server still sent before it went away counts.
                 reply = self._core.receive(connection.receive())
                 if reply.id == id_:
                     return reply
-            elif is_broken:
-                self._preference.avoid(connection.endpoint, time.monotonic())
-                raise Unavailable(f"the server at {connection.endpoint} went away before it answered")
-            elif ready:
+            except zmq.Again:
+                if is_broken:
+                    self._preference.avoid(connection.endpoint, time.monotonic())
+                    where = connection.endpoint
+                    raise Unavailable(f"the server at {where} went away before it answered") from None
                 is_broken = connection.is_broken()
             if time.monotonic() >= deadline:
                 raise DeadlineExceeded(f"no answer from {connection.endpoint} within {timeout:g} s")

@@ -39,7 +39,7 @@ _REGION = int(Flag.REGION)
 
 
 class Admission:
-    """Takes messages whose header was received, and the socket's next frames with them.
+    """Takes messages: those of lines, and those of the socket whose header was received.
 
     Args:
         router: The endpoint's socket.
@@ -86,12 +86,25 @@ class Admission:
         return cancelled
 
     def receive(self, client: Client, header: bytes, now: float) -> int:
-        """Any message: the rest of its frames is received, and it is answered or admitted.
+        """A message of the socket: the rest of its frames is received, and it is taken.
 
         Returns:
             How many requests it stands for beyond the first, as far as the time they take goes.
         """
-        frames = self._receive_frames()
+        return self.take(client, header, self._receive_frames(), now)
+
+    def take(self, client: Client, header: bytes, frames: list[memoryview], now: float) -> int:
+        """Any message: it is answered or admitted.
+
+        Args:
+            client: Whose it is.
+            header: Its first frame.
+            frames: The others; not kept.
+            now: Monotonic seconds.
+
+        Returns:
+            As `receive`.
+        """
         try:
             decoded = wire.decode_header(header)
         except PoolError as e:

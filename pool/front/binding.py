@@ -10,7 +10,7 @@ from contextlib import suppress
 import zmq
 
 from pool.config import ServerConfig
-from pool.endpoints import REGION_SUFFIX
+from pool.endpoints import SIDE_SUFFIX
 from pool.errors import ConfigError
 from pool.front.gate import HIDDEN_SUFFIX
 
@@ -171,7 +171,7 @@ def remove_stale(endpoint: str) -> None:
     for file, kind in (
         (path, socket.SOCK_STREAM),
         (path + HIDDEN_SUFFIX, socket.SOCK_STREAM),
-        (path + REGION_SUFFIX, socket.SOCK_SEQPACKET),
+        (path + SIDE_SUFFIX, socket.SOCK_SEQPACKET),
     ):
         with suppress(OSError), socket.socket(socket.AF_UNIX, kind) as probe:
             try:

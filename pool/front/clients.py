@@ -14,12 +14,15 @@ So whoever meets an identity first reads all events there are. If the descriptor
 the message's connection. If it is open, the message belongs to the connection that has it now, or to one
 that had it earlier: in any case the client is gone when that descriptor is next disconnected. A client
 is thus never given up while it lives, and never kept for longer than its descriptor is in use.
+
+A client that talks over a line (`pool.front.lines`) is one of its own. Its line tells when it ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from pool.errors import Forbidden
 from pool.front.outbox import Outbox
@@ -28,26 +31,35 @@ from pool.front.slots import Account
 _NUMBERED_BYTES = 5  # of the identities that ZeroMQ makes up
 
 
+class Way(Protocol):
+    """How messages go to a client past ZeroMQ (`pool.front.lines.Line`)."""
+
+    def send(self, frames: Sequence[Any]) -> bool:
+        """Send a message; False if it was dropped."""
+
+
 class Client:
     """One client, as long as it is connected.
 
     Attributes:
-        identity: Where its replies go.
-        fd: Its connection's file descriptor; the number only, ZeroMQ's to use.
+        identity: Where its replies go, as ZeroMQ knows it; of a line, only a name for the log.
+        line: Where they go past ZeroMQ; None if they do not.
+        fd: Its connection's file descriptor; the number only, ZeroMQ's to use. -1 of a line.
         accounts: What it has in the slots, by generation.
-        room_bytes: Of replies that may be sent before ZeroMQ is asked again what has left.
+        room_bytes: Of replies that may be sent before ZeroMQ is asked again what has left; below 0 of a line.
         outbox: What is known of the replies that ZeroMQ still has; None before the first such question.
         is_gone: Whether its connection has ended.
         address: Of its end, as ZeroMQ has it: on ipc, the user and the process.
         barred: Why it may not use the server; empty if it may.
     """
 
-    __slots__ = ("accounts", "address", "barred", "fd", "identity", "is_gone", "outbox", "room_bytes")
+    __slots__ = ("accounts", "address", "barred", "fd", "identity", "is_gone", "line", "outbox", "room_bytes")
 
     def __init__(
         self, identity: bytes, fd: int, room_bytes: int, address: str = "", barred: str = ""
     ) -> None:
         self.identity = identity
+        self.line: Way | None = None
         self.fd = fd
         self.accounts: dict[Any, Account] = {}
         self.room_bytes = room_bytes
@@ -96,9 +108,11 @@ class Clients:
         self._room_bytes = room_bytes
         self._others: dict[bytes, Client] = {}
         self._open: dict[int, list[Client]] = {}  # by descriptor; without a message, an empty list
+        self._of_lines: dict[bytes, Client] = {}
+        self._line_numbers = itertools.count(1)
 
     def __len__(self) -> int:
-        """How many connections there are."""
+        """How many connections there are, lines not counted: whoever has one is connected anyway."""
         return len(self._open)
 
     def accepted(self, fd: int) -> None:
@@ -141,17 +155,36 @@ class Clients:
         claimants.append(client)
         return client
 
+    def came(self, line: Way, address: str) -> Client:
+        """Event: a line has begun. Gives its client, whose end is to be told by `lose`.
+
+        Args:
+            line: Where its replies go.
+            address: Of its end, as ZeroMQ would have it.
+        """
+        client = Client(b"line%d" % next(self._line_numbers), -1, -1, address)
+        client.line = line
+        self._of_lines[client.identity] = client
+        return client
+
+    @property
+    def lines(self) -> int:
+        """How many lines there are."""
+        return len(self._of_lines)
+
     def lose(self, client: Client) -> None:
         """The client cannot be reached any more; nothing happens if that is known."""
         if not client.is_gone:
-            self._open[client.fd].remove(client)
+            if client.line is None:
+                self._open[client.fd].remove(client)
             self._lose(client)
 
     def _lose(self, client: Client) -> None:
         client.is_gone = True
-        client.room_bytes = 0  # whoever still has a reply for it is made to look
-        records = self.numbered if client.identity in self.numbered else self._others
-        del records[client.identity]
+        client.room_bytes = min(client.room_bytes, 0)  # whoever still has a reply for it is made to look
+        for records in (self.numbered, self._others, self._of_lines):
+            if records.get(client.identity) is client:
+                del records[client.identity]
         self.gone.append(client)
 
     def take_gone(self) -> list[Client]:
@@ -161,6 +194,6 @@ class Clients:
 
     def forget_idle_accounts(self) -> None:
         """Drop accounts without rows: they say nothing, and may be with generations that are no more."""
-        for records in (self.numbered, self._others):
+        for records in (self.numbered, self._others, self._of_lines):
             for client in records.values():
                 client.accounts = {with_: a for with_, a in client.accounts.items() if a.rows}

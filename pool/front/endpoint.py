@@ -28,9 +28,11 @@ from pool.front.binding import bind, listen_shared
 from pool.front.clients import Client, Clients
 from pool.front.columns import frame_size_error
 from pool.front.connections import Connections
+from pool.front.doorway import Doorway
 from pool.front.engine import Engine
 from pool.front.gate import Gate
 from pool.front.generation import Generation
+from pool.front.lines import Lines
 from pool.front.logs import Log
 from pool.front.outbound import MARK_BYTES, Outbound, Refusal
 from pool.front.questions import Questions
@@ -38,7 +40,8 @@ from pool.front.regions import Regions
 from pool.front.route import Route
 from pool.front.slots import LANES, Ticket
 from pool.front.withdrawing import withdraw
-from pool.wire import FIXED_BYTES, HEAD, HEAD_BYTES, Flag, Kind
+from pool.packets import LINE_MAGIC
+from pool.wire import FIXED_BYTES, HEAD, HEAD_BYTES, REGION_MAGIC, Flag, Kind
 
 log = Log("pool.endpoint")
 
@@ -123,11 +126,15 @@ class Endpoint:
             self._router, engine, self._clients, config.max_unread_bytes, mark_bytes, self._again
         )
         self._access = Access(config)
-        self._regions = Regions(self._access.is_allowed)
+        self._regions = Regions()
         self.ask_status: Callable[[], Awaitable[dict[str, Any]]] = self.status
         self._questions = Questions(engine, config, self._outbound, lambda: self.ask_status())
         self._admission = Admission(
             self._router, engine, config.max_message_bytes, self._outbound, self._regions, self._questions
+        )
+        self._lines = Lines(engine, self._clients, self._admission, config.max_unread_bytes, self._look_after)
+        self._doorway = Doorway(
+            {REGION_MAGIC: self._regions.take, LINE_MAGIC: self._lines.take}, self._access.is_allowed
         )
         self._connections: Connections | None = None
         self._gate = Gate(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
@@ -158,7 +165,7 @@ class Endpoint:
             bound = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
             self._access.check_bound(endpoint, bound)
             self.bound[endpoint] = bound
-            self._regions.listen(endpoint)
+            self._doorway.listen(endpoint)
         self._fd = int(self._router.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self._drain)
         self._again()
@@ -169,6 +176,8 @@ class Endpoint:
             self._loop.remove_reader(self._fd)
         self._engine.on_unserved.remove(self._forget_routes)
         self._questions.close()
+        self._doorway.close()
+        self._lines.close()
         self._regions.close()
         if self._connections is not None:
             self._connections.close()
@@ -192,6 +201,7 @@ class Endpoint:
             "replies": self._outbound.replies,
             "dropped_replies": self._outbound.dropped,
             "errors": self._outbound.errors,
+            "lines": self._clients.lines,
             "regions": self._regions.describe(),
             "authorized_keys": self._access.authorized,
             "refused_connections": self._access.refused,
@@ -231,8 +241,7 @@ class Endpoint:
             log.defect("cannot handle a message")
             self._skip_frames()
             self._again()
-        if self._admission.has_cancelled or self._clients.gone:
-            self._withdraw()
+        self._look_after()
 
     def _receive(self) -> None:
         """Take what has come, a drain's worth at most."""
@@ -382,6 +391,11 @@ class Endpoint:
             router.recv_into(nothing, flags=_NOBLOCK)
 
     # -- what is not wanted any more ------------------------------------------------------------------
+
+    def _look_after(self) -> None:
+        """Messages were taken, or clients lost."""
+        if (self._admission.has_cancelled or self._clients.gone) and not self._router.closed:
+            self._withdraw()
 
     def _withdraw(self) -> None:
         """See to the cancels of a drain, and to the clients that have left meanwhile."""

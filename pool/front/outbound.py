@@ -200,7 +200,11 @@ class Outbound:
     ) -> None:
         """Send rows of numeric outputs behind `frames`: large ones from the slot, if it can be spared."""
         assert reply.numeric is not None, "rows of a fixed size"
-        is_lent = rows * reply.row_bytes >= ZERO_COPY_BYTES and self._may_pin(client, generation, slot)
+        is_lent = (
+            client.line is None  # which copies what it is given
+            and rows * reply.row_bytes >= ZERO_COPY_BYTES
+            and self._may_pin(client, generation, slot)
+        )
         memory, view = generation.arena.slots[slot.index], generation.views[slot.index]
         for offset, row_bytes in reply.numeric:
             at, size = offset + start * row_bytes, rows * row_bytes
@@ -299,6 +303,12 @@ class Outbound:
             slot: What the arrays are views of.
         """
         frames: Sequence[Payload] = (header, *payloads)
+        if client.line is not None:
+            if client.line.send(frames):
+                self.replies += replies
+            else:
+                self.dropped += replies
+            return
         size = _MESSAGE_BYTES + sum(map(len, frames))
         room = client.room_bytes - size
         covered = self._mark_bytes - room  # since the last mark, this message included

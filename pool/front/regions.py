@@ -1,10 +1,10 @@
 """Memory of clients on this machine, from which their tensors are taken. Runs in the front, on its loop.
 
-Beside the socket file of each `ipc://` endpoint lies another, of a Unix socket. A client connects to it and
-passes one memfd, its *region*, for as long as the connection stands (`docs/wire.md` 7). Then its requests
-may say where in the region their tensors lie, and the front copies them from there into the slot: one
-copy at the speed of memory, where a message is copied by the kernel twice before that. A request that fills
-a batch by itself is not even copied: the worker runs on the region (`pool.shm.loans`).
+A client connects to the socket beside an `ipc://` endpoint's (`pool.front.doorway`) and passes one memfd, its
+*region*, for as long as the connection stands (`docs/wire.md` 7). Then its requests may say where in the
+region their tensors lie, and the front copies them from there into the slot: one copy at the speed of
+memory, where a message is copied by the kernel twice before that. A request that fills a batch by itself is
+not even copied: the worker runs on the region (`pool.shm.loans`).
 
 The memory is the client's, which may do with it what it likes while it is read. So nothing that is
 read is believed (strings are copied before their offsets are looked at), and nothing the client can do
@@ -24,28 +24,22 @@ Pages that were swapped out come back. All stay charged to the client, which wro
 from __future__ import annotations
 
 import asyncio
-import errno
 import fcntl
 import itertools
 import mmap
 import os
 import secrets
-import socket
 import stat
-import struct
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
 from pool import wire
-from pool.endpoints import region_path
-from pool.errors import InvalidInput, PoolError, TooLarge, Unavailable, WireError
-from pool.front.logs import Log
+from pool.errors import InvalidInput, TooLarge, Unavailable, WireError
+from pool.front.doorway import Visitor
 from pool.shm.arena import InputRegion
 from pool.wire import Flag, Header
-
-log = Log("pool.regions")
 
 # Connections. Each has three descriptors (the socket's, the memfd's, the map's), so all take three eighths of
 # the 1,024 that a process has unless told otherwise. Whoever gets none sends its tensors in its messages.
@@ -56,12 +50,8 @@ _REGIONS_OF_ONE_MAX = 64
 # A region of 1 GiB is looked through for holes in 10 ms, in which the front does nothing else.
 REGION_MAX_BYTES = 1 << 30
 
-_BACKLOG = 64
-_PAUSE_S = 1.0  # without descriptors, until the next look whether there are some again
-
 _F_SEAL_FUTURE_WRITE = 0x0010  # <linux/fcntl.h>; not in Python 3.10's fcntl
 _SEALS = fcntl.F_SEAL_SHRINK | _F_SEAL_FUTURE_WRITE
-_PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
 _numbers = itertools.count()
 
 
@@ -95,79 +85,22 @@ class Loan(NamedTuple):
     offset: int
 
 
-class _Peer:
-    """A connection to the side socket, and the region that came over it, if it did yet."""
-
-    __slots__ = ("pid", "region", "sock", "token", "uid")
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.pid, self.uid, _ = _PEER.unpack(
-            sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-        )
-        self.token = b""
-        self.region: Region | None = None
-
-
 class Regions:
-    """The regions of all clients.
+    """The regions of all clients."""
 
-    Args:
-        is_allowed: Whether a user, by number, may have any.
-    """
-
-    def __init__(self, is_allowed: Callable[[int], bool] = lambda _: True) -> None:
-        self._is_allowed = is_allowed
+    def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         memfd = os.memfd_create("pool-device", os.MFD_CLOEXEC)
         self._device = os.fstat(memfd).st_dev  # of all ordinary memfds
         os.close(memfd)
-        self._listeners: dict[str, socket.socket] = {}
-        self._peers: set[_Peer] = set()
+        self._owners: dict[bytes, Visitor] = {}  # by token
         self._regions: dict[bytes, Region] = {}
         self._requests = 0
 
-    def listen(self, endpoint: str) -> None:
-        """Take regions from whoever may open an endpoint's socket file, if it has one.
-
-        Args:
-            endpoint: Where this server listens now, and so no other.
-
-        Beside its file lies another, with the same mode and owner; one that a dead server left is replaced.
-        Where that cannot be, the log says so: clients do without.
-        """
-        path = region_path(endpoint)
-        if path is None:
-            return
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-        try:
-            beside = os.stat(endpoint.removeprefix("ipc://"))
-            with suppress(FileNotFoundError):
-                if not stat.S_ISSOCK(os.lstat(path).st_mode):
-                    raise FileExistsError(errno.EEXIST, "a file that is not a socket is there")
-                os.unlink(path)
-            listener.bind(path)
-            self._listeners[path] = listener
-            with suppress(PermissionError):  # then fewer may open it
-                os.chown(path, beside.st_uid, beside.st_gid)
-            os.chmod(path, stat.S_IMODE(beside.st_mode))
-            listener.listen(_BACKLOG)  # nobody can connect before the permissions hold
-            self._loop.add_reader(listener.fileno(), self._accept, listener)
-        except OSError as e:
-            log.warning("clients cannot share memory", endpoint=endpoint, path=path, reason=e.strerror)
-            if path not in self._listeners:
-                listener.close()
-
     def close(self) -> None:
-        """Let go of every region and remove the socket files."""
-        for path, listener in self._listeners.items():
-            self._loop.remove_reader(listener.fileno())
-            listener.close()
-            with suppress(FileNotFoundError):
-                os.unlink(path)
-        self._listeners.clear()
-        for peer in list(self._peers):
-            self._drop(peer)
+        """Let go of every region."""
+        for token in list(self._regions):
+            self._drop(token)
 
     def describe(self) -> dict[str, int]:
         """For the status document: how many regions there are, their bytes, requests that used them."""
@@ -223,101 +156,62 @@ class Regions:
 
     # -- connections -------------------------------------------------------------------------------
 
-    def _accept(self, listener: socket.socket) -> None:
-        try:
-            sock, _ = listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
-        except OSError as e:
-            # Without descriptors the listener would stay readable, and the loop awake for nothing.
-            if e.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                raise
-            log.warning("cannot take a region", reason=e.strerror)
-            self._loop.remove_reader(listener.fileno())
-            self._loop.call_later(_PAUSE_S, self._listen_again, listener)
-            return
-        sock.setblocking(False)
-        peer = _Peer(sock)
-        if not self._is_allowed(peer.uid):
-            sock.close()
-            return
-        self._peers.add(peer)
-        self._loop.add_reader(sock.fileno(), self._on_readable, peer)
-        log.debug("connection", pid=peer.pid, uid=peer.uid)
+    def take(self, visitor: Visitor, data: bytes, fds: list[int]) -> None:
+        """A client offers a region: map it and say so; the visitor's connection is owned from then on.
 
-    def _listen_again(self, listener: socket.socket) -> None:
-        if listener.fileno() >= 0:
-            self._loop.add_reader(listener.fileno(), self._accept, listener)
-
-    def _on_readable(self, peer: _Peer) -> None:
-        fds: list[int] = []
-        try:
-            # One byte more than an offer has, to see that it has no more.
-            data, fds, _, _ = socket.recv_fds(
-                peer.sock, wire.REGION_OFFER.size + 1, 2, flags=socket.MSG_CMSG_CLOEXEC
-            )
-            if not data:
-                self._drop(peer)  # closed, or its process is gone
-                return
-            self._take(peer, data, fds)
-            grant = wire.REGION_GRANT.pack(
-                wire.REGION_MAGIC, wire.REGION_VERSION, peer.token, REGION_MAX_BYTES
-            )
-            peer.sock.send(grant)
-        except BlockingIOError:
-            pass
-        except PoolError as e:
-            log.debug("no region", pid=peer.pid, uid=peer.uid, reason=e.message)
-            with suppress(OSError):
-                peer.sock.send(wire.encode_error(0, e))
-            self._drop(peer)
-        except OSError:
-            self._drop(peer)
-        finally:
-            for fd in fds:
-                os.close(fd)
-
-    def _take(self, peer: _Peer, data: bytes, fds: list[int]) -> None:
-        """Map the region that a client offers; its descriptor is taken out of `fds` then.
+        Args:
+            visitor: Who offers it.
+            data: The packet.
+            fds: The descriptors that came along; the region's is taken out.
 
         Raises:
-            PoolError: it is not one, or there is no room for it; the sentence says which.
+            PoolError: it is no region, or there is no room for it; the sentence says which.
+            OSError: the client is gone.
         """
-        if peer.region is not None:
-            raise WireError("a second region over one connection; wanted a connection for each")
         if len(data) != wire.REGION_OFFER.size:
             raise WireError(f"{len(data)} bytes; wanted an offer of {wire.REGION_OFFER.size}")
-        magic, version, size = wire.REGION_OFFER.unpack(data)
-        if magic != wire.REGION_MAGIC or version != wire.REGION_VERSION:
-            raise WireError(
-                f"offer {magic!r} of version {version}; wanted {wire.REGION_MAGIC!r}, {wire.REGION_VERSION}"
-            )
+        _, version, size = wire.REGION_OFFER.unpack(data)
+        if version != wire.REGION_VERSION:
+            raise WireError(f"an offer of version {version}; wanted {wire.REGION_VERSION}")
         if len(fds) != 1:
             raise WireError(f"{len(fds)} descriptors with an offer; wanted 1")
         if not 0 < size <= REGION_MAX_BYTES:
             raise TooLarge(f"a region of {size} bytes; wanted 1 to {REGION_MAX_BYTES}")
         _check_memory(fds[0], size, self._device)
-        of_this = sum(other.pid == peer.pid for other in self._peers if other.region is not None)
+        of_this = sum(other.pid == visitor.pid for other in self._owners.values())
         if len(self._regions) >= _REGIONS_MAX or of_this >= _REGIONS_OF_ONE_MAX:
             raise Unavailable(
                 f"{of_this} regions of this process and {len(self._regions)} in all; "
                 f"wanted at most {_REGIONS_OF_ONE_MAX} and {_REGIONS_MAX}"
             )
         try:
-            peer.region = Region(fds.pop(), size)
+            region = Region(fds.pop(), size)
         except OSError as e:
             raise Unavailable(f"the region cannot be mapped: {e.strerror}") from None
         # Whoever knows it may have rows read from this region.
-        peer.token = secrets.token_bytes(wire.TOKEN_BYTES)
-        self._regions[peer.token] = peer.region
+        token = secrets.token_bytes(wire.TOKEN_BYTES)
+        visitor.sock.send(
+            wire.REGION_GRANT.pack(wire.REGION_MAGIC, wire.REGION_VERSION, token, REGION_MAX_BYTES)
+        )
+        self._regions[token] = region
+        self._owners[token] = visitor
+        self._loop.add_reader(visitor.sock.fileno(), self._on_readable, token)
 
-    def _drop(self, peer: _Peer) -> None:
+    def _on_readable(self, token: bytes) -> None:
+        """Its client has ended the connection; or says something, for which there is nothing to say."""
+        sock = self._owners[token].sock
+        with suppress(OSError):
+            if sock.recv(1):
+                error = WireError("a second region over one connection; wanted a connection for each")
+                sock.send(wire.encode_error(0, error))
+        self._drop(token)
+
+    def _drop(self, token: bytes) -> None:
         """Forget a region; it ends with the last batch that runs on it."""
-        self._loop.remove_reader(peer.sock.fileno())
-        peer.sock.close()
-        self._peers.discard(peer)
-        self._regions.pop(peer.token, None)
-        peer.region = None
+        sock = self._owners.pop(token).sock
+        self._loop.remove_reader(sock.fileno())
+        sock.close()
+        del self._regions[token]
 
 
 def _check_memory(fd: int, size: int, device: int) -> None:

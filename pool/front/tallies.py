@@ -67,6 +67,7 @@ def count(engine: Engine, endpoint: Tally) -> Tally:
         "pipelines": pipelines,
         "now": {
             "clients": endpoint.get("clients", 0),
+            "lines": endpoint.get("lines", 0),
             "regions": {"open": regions.get("open", 0), "bytes": regions.get("bytes", 0)},
             "models": models_now,
             "pipelines": pipelines_now,
@@ -167,7 +168,7 @@ def show(document: Tally, total: Tally) -> None:
     front, now = document["front"], total["now"]
     for key in _OF_ENDPOINT:
         front[key] = total[key]
-    front["clients"] = now["clients"]
+    front["clients"], front["lines"] = now["clients"], now["lines"]
     front["regions"] = now["regions"] | {"requests": total["region_requests"]}
     for name, model in document["models"].items():
         counted = total["models"].get(name)

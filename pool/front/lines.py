@@ -1,0 +1,219 @@
+"""Lines: clients on this machine that talk past ZeroMQ. Runs in the front, on its event loop.
+
+A ZeroMQ message wakes a thread at either end before it is read, and to wake one costs more than to carry the
+message: with one small request at a time, that is most of the time an answer takes. A *line* is a Unix
+socket of type SOCK_SEQPACKET (`docs/wire.md` 8) that the loop reads itself.
+
+Each line is a client of its own to everything behind it: to admission, accounts, cancels, replies. What the
+kernel does not take of a reply because its client does not read waits here, and beyond `max_unread_bytes` is
+dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from pool import packets, wire
+from pool.errors import PoolError, Unavailable, WireError
+from pool.front.admission import Admission
+from pool.front.clients import Client, Clients
+from pool.front.doorway import Visitor
+from pool.front.engine import Engine
+from pool.front.logs import Log
+
+log = Log("pool.lines")
+
+# Each has one descriptor, so all take an eighth of the 1,024 that a process has unless told otherwise.
+# Whoever gets none talks through ZeroMQ.
+_LINES_MAX = 128
+# Of one client process, so that it leaves some to others. `pool.Client` has one for each thread that calls.
+_LINES_OF_ONE_MAX = 64
+
+
+class Line:
+    """One line, and what waits for its client to read.
+
+    Args:
+        visitor: Whose it is; its connection is owned from now on.
+        lines: Told of what comes.
+        max_unread_bytes: Most that may wait.
+    """
+
+    __slots__ = ("_lines", "_max_unread_bytes", "_unread", "_unread_bytes", "client", "is_open", "visitor")
+
+    def __init__(self, visitor: Visitor, lines: Lines, max_unread_bytes: int) -> None:
+        self.visitor = visitor
+        self.client: Client
+        self.is_open = True
+        self._lines = lines
+        self._max_unread_bytes = max_unread_bytes
+        self._unread: deque[bytes | memoryview] = deque()  # packets
+        self._unread_bytes = 0
+
+    def send(self, frames: Sequence[Any]) -> bool:
+        """Send a message, or have it wait; False if it was dropped.
+
+        Args:
+            frames: Copied before this returns.
+        """
+        if not self.is_open:
+            return False
+        table = packets.make_table(frames)
+        if not self._unread:
+            size = len(table) + sum(map(len, frames))
+            if size <= packets.PACKET_MAX_BYTES:
+                try:
+                    self.visitor.sock.sendmsg((table, *frames))
+                    return True
+                except BlockingIOError:
+                    pass
+                except OSError:
+                    self._lines.end(self)
+                    return False
+        message = memoryview(b"".join((table, *frames)))
+        # One reply always waits, however large.
+        if self._unread and self._unread_bytes + len(message) > self._max_unread_bytes:
+            return False
+        was_empty = not self._unread
+        step = packets.PACKET_MAX_BYTES
+        self._unread.extend([message[at : at + step] for at in range(0, len(message), step)])
+        self._unread_bytes += len(message)
+        if was_empty:
+            self._lines.watch(self)
+            self.flush()
+        return self.is_open
+
+    def flush(self) -> None:
+        """Send of what waits as much as the kernel takes."""
+        sock, unread = self.visitor.sock, self._unread
+        try:
+            while unread:
+                sock.send(unread[0])
+                self._unread_bytes -= len(unread.popleft())
+        except BlockingIOError:
+            return
+        except OSError:
+            self._lines.end(self)
+            return
+        self._lines.unwatch(self)
+
+
+class Lines:
+    """All lines.
+
+    Args:
+        engine: Runs the requests.
+        clients: Told of those that come and go.
+        admission: Takes the messages.
+        max_unread_bytes: Most that may wait for one client to read.
+        look_after: Called after messages were taken, or clients were lost.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        clients: Clients,
+        admission: Admission,
+        max_unread_bytes: int,
+        look_after: Callable[[], None],
+    ) -> None:
+        self._engine = engine
+        self._clients = clients
+        self._admission = admission
+        self._max_unread_bytes = max_unread_bytes
+        self._look_after = look_after
+        self._loop = asyncio.get_running_loop()
+        self._lines: set[Line] = set()
+        # A packet is read, and its rows are copied into a slot, before the next one is.
+        self._buffer = memoryview(bytearray(packets.REQUEST_MAX_BYTES))
+
+    def take(self, visitor: Visitor, data: bytes, fds: list[int]) -> None:
+        """A client asks for a line: have it.
+
+        Args:
+            visitor: Who asks.
+            data: The packet.
+            fds: The descriptors that came along.
+
+        Raises:
+            PoolError: it is not asked for as it should be, or there are too many; the sentence says which.
+            OSError: the client is gone.
+        """
+        if len(data) != packets.HELLO.size or fds:
+            raise WireError(
+                f"{len(data)} bytes and {len(fds)} descriptors; wanted {packets.HELLO.size} and 0"
+            )
+        _, version = packets.HELLO.unpack(data)
+        if version != packets.LINE_VERSION:
+            raise WireError(f"a line of version {version}; wanted {packets.LINE_VERSION}")
+        of_this = sum(line.visitor.pid == visitor.pid for line in self._lines)
+        if len(self._lines) >= _LINES_MAX or of_this >= _LINES_OF_ONE_MAX:
+            raise Unavailable(
+                f"{of_this} lines of this process and {len(self._lines)} in all; "
+                f"wanted at most {_LINES_OF_ONE_MAX} and {_LINES_MAX}"
+            )
+        most_bytes = packets.REQUEST_MAX_BYTES
+        visitor.sock.send(packets.WELCOME.pack(packets.LINE_MAGIC, packets.LINE_VERSION, most_bytes))
+        line = Line(visitor, self, self._max_unread_bytes)
+        line.client = self._clients.came(line, f"line:{visitor.uid}:-1:{visitor.pid}")
+        self._lines.add(line)
+        self._loop.add_reader(visitor.sock.fileno(), self._on_readable, line)
+
+    def close(self) -> None:
+        """End all of them; what the kernel has of their replies is still read."""
+        for line in list(self._lines):
+            self.end(line)
+
+    def _on_readable(self, line: Line) -> None:
+        """One message, or its end: the loop calls again as long as there is more, and others in between."""
+        try:
+            size = line.visitor.sock.recv_into(self._buffer)
+        except BlockingIOError:
+            return
+        except OSError:
+            size = 0
+        if size == 0:
+            self.end(line)
+            return
+        turn = self._engine.turn
+        turn.started = turn.ended = now = time.monotonic()
+        try:
+            header, *tensors = packets.split(self._buffer[:size])
+            self._admission.take(line.client, bytes(header), tensors, now)
+        except PoolError as e:
+            log.debug("a line is ended", client=line.client.address, reason=e.message)
+            line.send([wire.encode_error(0, e)])
+            self.end(line)
+        except Exception:
+            log.defect("cannot handle a message")
+            self.end(line)
+        self._look_after()
+
+    # -- what lines tell ------------------------------------------------------------------------------
+
+    def watch(self, line: Line) -> None:
+        """Have it flushed when its client reads."""
+        self._loop.add_writer(line.visitor.sock.fileno(), line.flush)
+
+    def unwatch(self, line: Line) -> None:
+        """Nothing waits any more."""
+        self._loop.remove_writer(line.visitor.sock.fileno())
+
+    def end(self, line: Line) -> None:
+        """Nothing more is sent over it or taken from it; its client is lost."""
+        if not line.is_open:
+            return
+        line.is_open = False
+        sock = line.visitor.sock
+        self._loop.remove_reader(sock.fileno())
+        self._loop.remove_writer(sock.fileno())
+        with suppress(OSError):
+            sock.close()
+        self._lines.discard(line)
+        self._clients.lose(line.client)
+        self._loop.call_soon(self._look_after)
