@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,8 @@ from pathlib import Path
 import zmq
 
 from pool import Client, wire
+from pool.client.line import Line
+from pool.endpoints import side_path
 from pool.errors import Unavailable
 from pool.wire import Flag, Header, Kind, PredictMeta, TensorMeta
 
@@ -50,6 +53,8 @@ READY_TIMEOUT_S, ANSWER_TIMEOUT_S = 120.0, 60.0
 WHAT = {
     "front, alone": "a request and its answer, one at a time",
     "front, batch": "one of a bundle of 64",
+    "front, line": "a request and its answer, one at a time, past ZeroMQ",
+    "front, line batch": "one of a bundle of 64, past ZeroMQ",
     "client core, alone": "a request encoded, its reply decoded",
     "client core, batch": "one of 64 that travel together",
     "worker, alone": "a batch of one row, doorbell to doorbell",
@@ -184,24 +189,57 @@ def count_front() -> dict[str, float]:
         with counted("front", str(config), pipes=False) as process:
             _await_ready(process, endpoint)
             process.monitor("instrumentation", "on")
+            figures = {}
             with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
                 dealer.linger, dealer.rcvtimeo = 0, int(ANSWER_TIMEOUT_S * 1000)
                 dealer.connect(endpoint)
-                figures = {}
+
+                def by_zeromq(frames: list[bytes]) -> bytes:
+                    dealer.send_multipart(frames)
+                    return dealer.recv_multipart()[0]
+
                 for how, rows in (("alone", 1), ("batch", ROWS)):
-                    messages = _messages(rows)
+                    figures[how] = _count_exchange(process, by_zeromq, how, rows)
+            side = side_path(endpoint)
+            assert side is not None, "an ipc endpoint with a short path"
+            line = Line(side)
+            while not line.is_welcome():
+                _await(line)
 
-                    def exchange(turns: int, messages: Iterator[list[bytes]] = messages) -> None:
-                        for frames in itertools.islice(messages, turns):
-                            dealer.send_multipart(frames)
-                            header = wire.decode_header(dealer.recv_multipart()[0])
-                            if header.kind is Kind.ERROR:
-                                raise wire.decode_error(header)
+            def by_line(frames: list[bytes]) -> bytes:
+                if not line.send(frames, sum(map(len, frames))):
+                    raise RuntimeError("no room in a line over which nothing is under way")
+                while (reply := line.receive()) is None:
+                    _await(line)
+                header: bytes = reply[0]
+                return header
 
-                    turns = TURNS[how]
-                    exchange(turns // WARM_UP)
-                    figures[how] = process.count(partial(exchange, turns)) / turns / rows
-                return figures
+            for how, rows in (("alone", 1), ("batch", ROWS)):
+                name = "line" if how == "alone" else "line batch"
+                figures[name] = _count_exchange(process, by_line, how, rows)
+            line.close()
+            return figures
+
+
+def _await(line: Line) -> None:
+    ready, _, _ = select.select([line.fileno()], [], [], ANSWER_TIMEOUT_S)
+    if not ready or line.is_lost:
+        raise RuntimeError("the front does not answer over the line")
+
+
+def _count_exchange(process: Counted, ask: Callable[[list[bytes]], bytes], how: str, rows: int) -> float:
+    """Instructions per request of a front that is asked, message by message, for so many rows."""
+    messages = _messages(rows)
+
+    def exchange(turns: int) -> None:
+        for frames in itertools.islice(messages, turns):
+            header = wire.decode_header(ask(frames))
+            if header.kind is Kind.ERROR:
+                raise wire.decode_error(header)
+
+    turns = TURNS[how]
+    exchange(turns // WARM_UP)
+    return process.count(partial(exchange, turns)) / turns / rows
 
 
 def _messages(rows: int) -> Iterator[list[bytes]]:

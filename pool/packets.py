@@ -79,14 +79,22 @@ def split(message: memoryview) -> list[memoryview]:
     Raises:
         WireError: it is none, or not all of it is there.
     """
-    total = message_bytes(message)
-    if len(message) != total:
-        raise WireError(f"a packet of {len(message)} bytes for a message of {total}; wanted all of it in one")
-    count = _BEGINNING.unpack_from(message)[1]
-    table = _TABLES[count]
+    try:
+        total, count = _BEGINNING.unpack_from(message)
+        table = _TABLES[count]
+        _, _, *sizes = table.unpack_from(message)
+    except (struct.error, KeyError):
+        total, sizes, at = -1, [], 0
+    else:
+        at = table.size
     frames = []
-    at = table.size
-    for size in table.unpack_from(message)[2:]:
-        frames.append(message[at : at + size])
-        at += size
+    for size in sizes:
+        end = at + size
+        frames.append(message[at:end])
+        at = end
+    if at != total or at != len(message):
+        wanted = message_bytes(message)  # which says what is wrong with its beginning
+        raise WireError(
+            f"a packet of {len(message)} bytes for a message of {wanted}; wanted all of it in one"
+        )
     return frames

@@ -1,4 +1,4 @@
-"""Admission: every message that does not go the endpoint's fast way. Runs in the front, on its event loop.
+"""Admission: every message that does not go a fast way. Runs in the front, on its event loop.
 
 Requests with strings, of memory shared with their clients, with time lines, in bundles; those that do not fit
 one slot or are not well-formed; questions and cancels. Each is answered, admitted or refused here.
@@ -21,7 +21,7 @@ from pool.front.outbound import Outbound
 from pool.front.questions import Questions
 from pool.front.regions import Loan, Regions, private
 from pool.front.route import Route
-from pool.front.slots import Ticket
+from pool.front.slots import LANES, Ticket
 from pool.front.timelines import Timelines
 from pool.wire import Flag, Header, Kind, PredictMeta
 
@@ -32,6 +32,12 @@ _BUNDLE_DISCOUNT = 6
 
 # Distinct request headers remembered; each is about 1 kB.
 _ROUTES_MAX = 4096
+
+# The first bytes of requests that may go a fast way, and their priorities.
+UNSAID = LANES  # the model's own
+PRIORITIES = {wire.head(Kind.PREDICT): UNSAID} | {
+    wire.head(Kind.PREDICT, Flag.PRIORITY, priority): priority for priority in range(LANES)
+}
 
 _NOBLOCK = int(zmq.NOBLOCK)
 
@@ -50,8 +56,9 @@ class Admission:
         questions: Answers what is no prediction.
 
     Attributes:
-        routes: What request headers stand for, by their meta. The fast way looks here too.
-        admitted: Predictions admitted, also those that went the fast way.
+        outbound: As above.
+        routes: What request headers stand for, by their meta. The fast ways look here too.
+        admitted: Predictions admitted, also those that went a fast way.
     """
 
     def __init__(
@@ -66,7 +73,7 @@ class Admission:
         self._router = router
         self._engine = engine
         self._max_frame_bytes = max_frame_bytes
-        self._outbound = outbound
+        self.outbound = outbound
         self._bundles = Bundles(outbound)
         self._timelines = Timelines(outbound)
         self._regions = regions
@@ -108,7 +115,7 @@ class Admission:
         try:
             decoded = wire.decode_header(header)
         except PoolError as e:
-            self._outbound.refuse(client, wire.peek_id(header) or 0, e, self._engine.unknown)
+            self.outbound.refuse(client, wire.peek_id(header) or 0, e, self._engine.unknown)
             return 0
         try:
             is_bundle = decoded.kind is Kind.PREDICT and decoded.flags & Flag.BUNDLE
@@ -128,11 +135,11 @@ class Admission:
             else:
                 self._questions.answer(client, decoded)
         except PoolError as e:
-            self._outbound.refuse(client, decoded.id, e, self._metrics_of(decoded))
+            self.outbound.refuse(client, decoded.id, e, self._metrics_of(decoded))
         except Exception as e:
             log.defect("cannot handle a message")
             defect = InternalError(f"{type(e).__name__} while handling the request")
-            self._outbound.refuse(client, decoded.id, defect, self._metrics_of(decoded))
+            self.outbound.refuse(client, decoded.id, defect, self._metrics_of(decoded))
         return 0
 
     def _receive_frames(self) -> list[memoryview]:
@@ -178,7 +185,7 @@ class Admission:
         deadline = now + (header.millis * 1e-3 or route.timeout_s)
         account, key = client.account(route.generation), _key(route, header)
         turn = self._engine.turn
-        sink: Outbound | Timelines = self._outbound
+        sink: Outbound | Timelines = self.outbound
         if header.flags & Flag.TIMELINE:  # in a turn of its own, which began after the message came
             turn, sink = self._engine.flush(route.generation, 0), self._timelines
         ticket = Ticket(sink, client, header.id, route, header.rows, deadline, turn, key, account)
@@ -217,11 +224,11 @@ class Admission:
             refused = route.generation.place_all(tickets, frames[1:], now)
         except PoolError as e:
             metrics = self._metrics_of(header) or self._engine.unknown
-            self._outbound.refuse_bundled(client, [id_ for id_, _, _ in parts], e, metrics)
+            self.outbound.refuse_bundled(client, [id_ for id_, _, _ in parts], e, metrics)
             return len(parts)
         admitted = len(parts)
         for error, alike in refused:
-            self._outbound.refuse_bundled(
+            self.outbound.refuse_bundled(
                 client, [ticket.id for ticket in alike], error, route.generation.metrics
             )
             admitted -= len(alike)

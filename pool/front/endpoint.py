@@ -19,11 +19,10 @@ from typing import Any
 
 import zmq
 
-from pool import wire
 from pool.config import ServerConfig
 from pool.errors import Cancelled, Overloaded, PoolError, WireError
 from pool.front.access import Access
-from pool.front.admission import Admission
+from pool.front.admission import PRIORITIES, UNSAID, Admission
 from pool.front.binding import bind, listen_shared
 from pool.front.clients import Client, Clients
 from pool.front.columns import frame_size_error
@@ -38,10 +37,10 @@ from pool.front.outbound import MARK_BYTES, Outbound, Refusal
 from pool.front.questions import Questions
 from pool.front.regions import Regions
 from pool.front.route import Route
-from pool.front.slots import LANES, Ticket
+from pool.front.slots import Ticket
 from pool.front.withdrawing import withdraw
 from pool.packets import LINE_MAGIC
-from pool.wire import FIXED_BYTES, HEAD, HEAD_BYTES, REGION_MAGIC, Flag, Kind
+from pool.wire import FIXED_BYTES, HEAD, HEAD_BYTES, REGION_MAGIC
 
 log = Log("pool.endpoint")
 
@@ -61,12 +60,6 @@ _SEND_HIGH_WATER = 20_000
 _TCP_KEEPALIVE_IDLE_S, _TCP_KEEPALIVE_INTERVAL_S, _TCP_KEEPALIVE_COUNT = 10, 5, 3
 
 _NOBLOCK = int(zmq.NOBLOCK)
-
-# The first bytes of requests that may go the fast way, and their priorities.
-_UNSAID = LANES  # the model's own
-_PRIORITIES = {wire.head(Kind.PREDICT): _UNSAID} | {
-    wire.head(Kind.PREDICT, Flag.PRIORITY, priority): priority for priority in range(LANES)
-}
 
 # Refusals of one drain, by what makes their sentences differ.
 _Refusals = dict[tuple[Route, int, bool, Client | None], Refusal]
@@ -252,7 +245,7 @@ class Endpoint:
         routes, numbered, priorities, monotonic = (
             self._admission.routes,
             self._clients.numbered,
-            _PRIORITIES,
+            PRIORITIES,
             time.monotonic,
         )
         refusals: _Refusals = {}
@@ -300,7 +293,7 @@ class Endpoint:
                     turn = self._engine.turn
                     continue
                 batcher = generation.batcher
-                key = route.key if priority == _UNSAID else route.keys[priority]
+                key = route.key if priority == UNSAID else route.keys[priority]
                 patience = timeout_ms * 1e-3 or route.timeout_s
                 account = client.accounts.get(generation) or client.account(generation)
                 slot = None

@@ -145,6 +145,14 @@ class Outbound:
             rows, client = ticket.rows, ticket.client
             header = pack(head, ticket.id, 0, rows) + meta
             room = client.room_bytes - rows * reply_row_bytes - added
+            if client.line is not None:
+                start = ticket.start
+                frames = [view[at + start * n : at + (start + rows) * n] for at, n in numeric]
+                if client.line.send((header, *frames)):
+                    self.replies += 1
+                else:
+                    self.dropped += 1
+                continue
             if room < 0:
                 self._send_rows(client, header, [], 1, generation, reply, slot, ticket.start, rows)
                 continue
@@ -160,8 +168,9 @@ class Outbound:
                 at = offset + start * row_bytes
                 send(view[at : at + rows * row_bytes], _MORE if i < last else _NOBLOCK)
             sent += 1
-        self.replies += sent
-        self._on_sent()
+        if sent:
+            self.replies += sent
+            self._on_sent()
 
     def send_bundle(self, tickets: Sequence[Ticket], reply: Reply, slot: Slot) -> None:
         """Send the answers of tickets of one client, whose rows follow each other, in one message."""
