@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from math import inf
 
 import ml_dtypes
@@ -22,6 +23,7 @@ from pool.errors import (
     WireError,
     WorkerLost,
 )
+from pool.front.columns import Column
 from pool.shm.arena import OutputPlace, encode_outputs
 from pool.signature import DTYPES, Signature, TensorSpec, numpy_dtype
 from pool.wire import PredictMeta, TensorMeta
@@ -413,6 +415,60 @@ def test_a_bundle_may_end_with_no_rows_when_its_batch_is_full(rig_of):
     assert place_bundle(rig, [4, 0, 0]) == {}
     rig.run_all()
     assert sorted(rig.sink.answers) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("at", "placed", "defects"),
+    [
+        (0, [], 6),
+        (1, [0, 1], 4),
+        (2, [0, 1], 4),
+        (3, [0, 1, 2], 2),
+        (4, [0, 1, 2, 4], 1),
+        (5, [0, 1, 2, 4], 1),
+        (6, [0, 1, 2, 4, 5], 0),
+    ],
+)
+def test_a_defect_in_a_bundle_is_told_to_each_request_that_was_not_placed(
+    rig_of, monkeypatch, caplog, at, placed, defects
+):
+    """Whatever has been placed is answered as ever, and no slot stays open."""
+    rig = rig_of(FLOATS, max_batch_size=4, slots=4)
+    sizes = [2, 2, 6, 20, 1, 2]  # two together, one that is split, one too large, one, one that is split
+    write, count = Column.write, itertools.count()
+
+    def fail_once(*arguments):
+        if next(count) == at:
+            raise ZeroDivisionError
+        write(*arguments)
+
+    monkeypatch.setattr(Column, "write", fail_once)
+    array = floats(sum(sizes))
+    refused = place_bundle(rig, sizes, array=array)
+    rig.run_all()
+    assert not rig.account.rows
+    assert sorted(rig.sink.answers) == placed
+    parts = np.split(array, np.cumsum(sizes)[:-1])
+    for i in placed:
+        np.testing.assert_array_equal(rig.sink.answers[i]["x_out"], parts[i])
+    assert sorted(refused) == sorted(set(range(6)) - set(placed))
+    told = [error.message for error in refused.values() if isinstance(error, InternalError)]
+    assert told == ["ZeroDivisionError while handling the request"] * defects
+    caplog.clear()  # its traceback has views of a slot
+
+
+def test_a_defect_before_a_bundle_is_placed_is_told_to_all_of_it(rig_of, monkeypatch):
+    rig = rig_of(FLOATS)
+
+    def fail(_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(rig.batcher, "expect", fail)
+    assert {id_: type(error) for id_, error in place_bundle(rig, [1, 2]).items()} == {
+        0: InternalError,
+        1: InternalError,
+    }
+    assert rig.batcher.is_idle
 
 
 def test_a_bundle_whose_frame_has_another_size_places_nothing(rig_of):

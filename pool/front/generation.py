@@ -25,6 +25,7 @@ from pool.errors import (
 )
 from pool.front.batcher import Batcher
 from pool.front.columns import Column, StringColumn, read_columns, read_numeric, read_rows, write_rows
+from pool.front.logs import Log
 from pool.front.metrics import ModelMetrics
 from pool.front.poison import PoisonMemory
 from pool.front.replies import Join, Reply
@@ -39,6 +40,8 @@ from pool.wire import PredictMeta, TensorMeta
 
 if TYPE_CHECKING:
     from pool.front.regions import Loan
+
+log = Log("pool.generation")
 
 # Distinct shapes (and output tables) remembered. Each is about a kB; a client that makes up shapes
 # without end must not grow the front.
@@ -295,7 +298,7 @@ class Generation:
         while join is None or done < ticket.rows:
             try:
                 slot, rows = self.fill(route, ticket.key, columns, done, ticket.rows - done)
-            except TooLarge:
+            except BaseException:
                 self._unplace(join)
                 raise
             if slot is None:
@@ -345,12 +348,16 @@ class Generation:
                 return None, 0
             memory = self.arena.slots[slot.index]
             fit = min(rows, slot.capacity - slot.rows)
-            for column in columns:
-                fit = min(fit, column.fit(memory, slot.rows, done, fit))
-            if fit > 0 or rows == 0:
+            try:
                 for column in columns:
-                    column.write(memory, slot.rows, done, fit)
-                return slot, fit
+                    fit = min(fit, column.fit(memory, slot.rows, done, fit))
+                if fit > 0 or rows == 0:
+                    for column in columns:
+                        column.write(memory, slot.rows, done, fit)
+                    return slot, fit
+            except BaseException:  # a slot left open with no rows would never be given back
+                self.batcher.abandon(slot)
+                raise
             if not slot.tickets:
                 self.batcher.abandon(slot)
                 raise TooLarge(
@@ -369,17 +376,41 @@ class Generation:
             now: Monotonic seconds.
 
         Returns:
-            Why some were refused, and which; they are in no slot.
+            Why some were refused, and which; they are in no slot. Of a defect it is those that were not
+            placed until then.
 
         Raises:
             WireError: a frame's size is not what the header says; nothing was placed.
         """
+        columns = read_numeric(tickets[0].route, sum([ticket.rows for ticket in tickets]), frames)
+        refused: list[tuple[PoolError, list[Ticket]]] = []
+        try:
+            self._place_all(tickets, columns, now, refused)
+        except Exception as e:  # whoever was placed will be answered; the others must hear of it, each
+            log.defect("cannot place a bundle")
+            seen = self._placed().union(id(ticket) for _, alike in refused for ticket in alike)
+            left = [ticket for ticket in tickets if id(ticket) not in seen]
+            if left:
+                refused.append((InternalError(f"{type(e).__name__} while handling the request"), left))
+        return refused
+
+    def _placed(self) -> set[int]:
+        """Of all tickets that wait for an answer, the `id`; of one that was split, that of the whole."""
+        tickets = [ticket for _, ticket in self.batcher.unsettled()]
+        return {id(t.sink.whole if isinstance(t.sink, Join) else t) for t in tickets}
+
+    def _place_all(
+        self,
+        tickets: Sequence[Ticket],
+        columns: Sequence[Column],
+        now: float,
+        refused: list[tuple[PoolError, list[Ticket]]],
+    ) -> None:
+        """As `place_all`, but what was refused is added to `refused`, also if this raises."""
         route: Route = tickets[0].route
-        columns = read_numeric(route, sum([ticket.rows for ticket in tickets]), frames)
         key, account = tickets[0].key, tickets[0].account
         barred = self._barred(tickets, columns, now) if self.poison else {}
         self.batcher.expect(now)
-        refused: list[tuple[PoolError, list[Ticket]]] = []
         first = done = 0
         while first < len(tickets):
             slot = self.batcher.open_slot(key, route.capacity)
@@ -399,8 +430,12 @@ class Generation:
             if end > first:
                 assert slot is not None, "there was room"
                 memory = self.arena.slots[slot.index]
-                for column in columns:
-                    column.write(memory, slot.rows, done, rows)
+                try:
+                    for column in columns:
+                        column.write(memory, slot.rows, done, rows)
+                except BaseException:
+                    self.batcher.abandon(slot)
+                    raise
                 for ticket in tickets[first:end]:
                     self.batcher.commit(slot, ticket, now)
             else:  # the next one has to be split, waits for an empty slot, or is to be refused
@@ -420,7 +455,6 @@ class Generation:
                     rows = sum([ticket.rows for ticket in tickets[first:end]])
             done += rows
             first = end
-        return refused
 
     def _barred(
         self, tickets: Sequence[Ticket], columns: Sequence[Column], now: float
