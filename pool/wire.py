@@ -57,6 +57,7 @@ REGION_VERSION = 1
 TOKEN_BYTES = 16
 
 MAX_HEADER_BYTES = 65_536  # 2.4: a header is names and shapes; anything longer is not one
+MAX_RESULT_META_BYTES = MAX_HEADER_BYTES - FIXED_BYTES - 73  # of a reply: it has room for a time line
 MAX_INFO_BYTES = 16_777_216  # 2.4: but an INFO header is a whole document
 MAX_TENSORS = 256  # 2.4: per message
 MAX_RANK = 63  # 2.4: of a row; numpy arrays have 64 axes at most, one of which is the row axis

@@ -568,6 +568,31 @@ def test_a_defect_after_a_step_is_for_its_own_request(monkeypatch, caplog):
     caplog.clear()  # its traceback has views of a slot
 
 
+def test_an_answer_that_cannot_be_sent_is_one_error(monkeypatch, caplog):
+    """And the room that the request took is given back."""
+
+    def act(house):
+        send = house.sink.send_frames
+
+        def fail_first(ticket, *rest):
+            if ticket.id == 1:
+                raise ZeroDivisionError
+            send(ticket, *rest)
+
+        monkeypatch.setattr(house.sink, "send_frames", fail_first)
+        for i in (1, 2):
+            house.ask(i, "there", rows(1, i))
+        house.run()
+        house.check()
+        error = house.sink.answers[1]
+        assert isinstance(error, InternalError)
+        assert error.message == "step 'shout' of pipeline 'there': ZeroDivisionError after the step"
+        assert not isinstance(house.sink.answers[2], PoolError)
+
+    scene(act)
+    caplog.clear()  # its traceback has views of a slot
+
+
 def test_what_is_withdrawn_is_freed_without_the_garbage_collector():
     def act(house):
         gc.disable()

@@ -237,9 +237,10 @@ class Execution(Compound):
         wanted = [values[i].copied() for i in self.whole.route.outputs]
         whole = self.whole
         answer = self.pipeline.reply_for(whole.route, wanted)
+        # Settled only then: if it cannot be sent, the request fails.
+        whole.sink.send_frames(whole, answer, [value.payload for value in wanted])
         self.pipeline.metrics.stages["total"].add(now - whole.turn.started, 1)
         self.withdraw()
-        whole.sink.send_frames(whole, answer, [value.payload for value in wanted])
 
     def send_error(self, ticket: Ticket, error: PoolError) -> None:
         """A part failed: so has the request."""

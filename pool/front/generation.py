@@ -535,6 +535,7 @@ class Generation:
 
         Raises:
             InternalError: the record does not describe outputs within the slot.
+            TooLarge: no message can hold what it describes.
         """
         key = (route.layout.number, places, route.outputs)
         reply = self._replies.get(key)

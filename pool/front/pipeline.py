@@ -280,7 +280,11 @@ class Pipeline:
         return route
 
     def reply_for(self, route: Route, values: Sequence[Value]) -> Reply:
-        """What is sent before these outputs, which are those that a request wanted."""
+        """What is sent before these outputs, which are those that a request wanted.
+
+        Raises:
+            TooLarge: no message can hold them.
+        """
         key = (route.outputs, tuple((value.dtype, value.shape[1:]) for value in values))
         if not route.is_batched:
             key = (route.outputs, tuple((value.dtype, value.shape) for value in values))

@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from pool import wire
-from pool.errors import ModelError, PoolError
+from pool.errors import InternalError, ModelError, PoolError, TooLarge
+from pool.front.logs import Log
 from pool.front.slots import Slot, Ticket
 from pool.shm.arena import OutputPlace
 from pool.signature import ITEM_BYTES, Signature, row_items
 from pool.wire import TensorMeta
+
+log = Log("pool.replies")
 
 
 class Sink(Protocol):
@@ -32,6 +35,15 @@ class Sink(Protocol):
 
 class Reply:
     """How to cut the replies for one choice of outputs out of a finished slot.
+
+    Args:
+        version: Of the model.
+        signature: What ran.
+        places: Of its outputs.
+        outputs: Which of them are wanted, by place.
+
+    Raises:
+        TooLarge: no message can hold so many outputs, or their names and shapes.
 
     Attributes:
         head: First eight bytes of the reply header.
@@ -76,6 +88,12 @@ class Reply:
                 ),
             )
         )
+        if len(outputs) > wire.MAX_TENSORS or len(self.meta) > wire.MAX_RESULT_META_BYTES:
+            raise TooLarge(
+                f"{len(outputs)} outputs, whose names and shapes take {len(self.meta)} bytes; an answer "
+                f"holds at most {wire.MAX_TENSORS}, and {wire.MAX_RESULT_META_BYTES} bytes: "
+                "ask for fewer outputs"
+            )
         self.numeric: list[tuple[int, int]] | None = None
         self.row_bytes = 0
         if all(place.dtype != "string" for place in self._places):
@@ -157,15 +175,18 @@ class Join(Compound):
 
     def send_results(self, tickets: Sequence[Ticket], reply: Reply, slot: Slot) -> None:
         """Parts are done: copy their rows out of the slot; answer when they were the last."""
-        for ticket in tickets:
-            self._send_part(ticket, reply, slot)
+        try:
+            for ticket in tickets:
+                self._send_part(ticket, reply, slot)
+        except Exception as e:  # whoever waits for it must hear of it, and the batch's others must not
+            log.defect("cannot join an answer")
+            self._fail(InternalError(f"{type(e).__name__} while joining the answer"))
 
     def _send_part(self, ticket: Ticket, reply: Reply, slot: Slot) -> None:
         memory = ticket.route.generation.views[slot.index]
         frames = [bytes(payload) for payload in reply.payloads(memory, ticket.start, ticket.rows)]
         if self._row_shapes not in (None, reply.row_shapes):
-            self.send_error(
-                ticket,
+            self._fail(
                 ModelError(
                     f"rows of one request ran in several batches and gave row shapes {self._row_shapes} and "
                     f"{reply.row_shapes}, which do not join; send at most one batch of rows at a time"
@@ -175,14 +196,17 @@ class Join(Compound):
         self._row_shapes = reply.row_shapes
         self._results[ticket.id] = (ticket.rows, frames)
         if len(self._results) == len(self.parts) and not self.whole.is_settled:
-            self.whole.is_settled = True
             joined = reply.join([self._results[i] for i in range(len(self.parts))])
-            self._let_go()
             self.whole.sink.send_frames(self.whole, reply, joined)
+            self.whole.is_settled = True
+            self._let_go()
 
     def send_error(self, ticket: Ticket, error: PoolError) -> None:
         """One part failed: so has the request. The other parts are not wanted any more."""
         assert ticket.is_settled, "whoever answers for a part settles it first"
+        self._fail(error)
+
+    def _fail(self, error: PoolError) -> None:
         was_settled = self.whole.is_settled
         self.withdraw()
         if not was_settled:

@@ -238,18 +238,21 @@ class Serving:
         groups: dict[tuple[Route, Sink], list[Ticket]] = {}
         for ticket in tickets:
             groups.setdefault((ticket.route, ticket.sink), []).append(ticket)
-        try:
-            places = self.generation.arena.read_run_record(slot.index)[2]
-            replies = {route: self.generation.reply_for(route, places) for route, _ in groups}
-        except InternalError as e:
-            model = self.generation.model
-            log.error("answer not valid", model=model, worker=slot.worker, reason=e.message)
-            refuse(tickets, InternalError(f"model {model!r} gave an answer that cannot be read"))
-            return
         for (route, sink), group in groups.items():
+            try:
+                places = self.generation.arena.read_run_record(slot.index)[2]
+                reply = self.generation.reply_for(route, places)
+            except InternalError as e:
+                model = self.generation.model
+                log.error("answer not valid", model=model, worker=slot.worker, reason=e.message)
+                refuse(group, InternalError(f"model {model!r} gave an answer that cannot be read"))
+                continue
+            except TooLarge as e:  # others of the batch may want fewer outputs
+                refuse(group, e.with_traceback(None))
+                continue
             for ticket in group:
                 ticket.is_settled = True
-            sink.send_results(group, replies[route], slot)
+            sink.send_results(group, reply, slot)
 
     def _batch_raised(self, slot: Slot, tickets: list[Ticket], error: PoolError) -> None:
         if slot.trial is None and (len(tickets) <= 1 or not self.generation.config.retry):
