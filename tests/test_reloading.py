@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -17,6 +18,7 @@ import pytest
 from pool import Client, ModelNotFound
 from pool.__main__ import main
 from pool.backends import drill
+from pool.cli import reload as reload_command
 from pool.config import Config
 from pool.front import reloading
 from pool.front.engine import Engine
@@ -226,6 +228,71 @@ def test_a_file_that_is_wrong_changes_nothing(site, capsys, models, server, code
     site.go_on()
 
 
+def reloads_of(site):
+    return site.client.status()["front"]["reload"]
+
+
+def by_another(site):
+    """Somebody else's reload, to its end."""
+    count = reloads_of(site)["count"]
+    os.kill(site.server.process.pid, signal.SIGHUP)
+    while reloads_of(site)["count"] == count:
+        site.go_on()
+
+
+def own_changes(capsys, site):
+    """What `pool reload` in this process says that it has changed."""
+    capsys.readouterr()
+    assert main(["reload", "--json", "--endpoint", site.server.endpoint]) == 0
+    return json.loads(capsys.readouterr().out)["changes"]
+
+
+def test_what_was_under_way_is_not_taken_for_ones_own(site, capsys, monkeypatch):
+    """Even if the signal comes to the server after that is over."""
+    site.write(("a", "version = 1"))
+    by_another(site)
+    (zygote,) = site.client.status()["zygotes"]
+    os.kill(zygote["pid"], signal.SIGSTOP)  # it loads nothing until it goes on
+    site.write(("a", "version = 1"), ("b", ""))
+    count = reloads_of(site)["count"]
+    os.kill(site.server.process.pid, signal.SIGHUP)
+    while not reloads_of(site)["is_reloading"]:
+        site.go_on()
+    kept = []
+
+    def kill_later(pid, number):
+        kept.append((pid, number))
+        os.kill(zygote["pid"], signal.SIGCONT)
+        while reloads_of(site)["count"] == count:
+            site.go_on()
+
+    def sleep(_):
+        if kept:
+            os.kill(*kept.pop())
+        site.go_on()
+
+    monkeypatch.setattr(reload_command, "os", SimpleNamespace(kill=kill_later, path=os.path))
+    monkeypatch.setattr(reload_command, "time", SimpleNamespace(sleep=sleep))
+    assert own_changes(capsys, site) == []
+    assert reloads_of(site)["count"] == count + 2
+
+
+def test_what_came_after_is_not_taken_for_ones_own(site, capsys, monkeypatch):
+    site.write(("a", "version = 1"), ("b", ""))
+    by_another(site)
+    site.write(("a", "version = 1"))
+
+    def kill(_pid, _number):
+        by_another(site)  # for whoever asked, its own
+        by_another(site)
+
+    monkeypatch.setattr(reload_command, "os", SimpleNamespace(kill=kill, path=os.path))
+    assert own_changes(capsys, site) == ["models.b: removed: a model answers what it admitted, and ends"]
+    first, second = reloads_of(site)["outcomes"][-2:]
+    assert second["number"] == first["number"] + 1 == reloads_of(site)["begun"]
+    assert second["changes"] == []
+
+
 def test_a_reload_that_fails_as_nobody_foresaw_is_not_the_last(tmp_path, monkeypatch):
     """The manager hears that it is over, whoever asked is told, and the next one is begun."""
 
@@ -241,12 +308,12 @@ def test_a_reload_that_fails_as_nobody_foresaw_is_not_the_last(tmp_path, monkeyp
             reloads.ask()
             while reloads.is_reloading:
                 await asyncio.sleep(0.001)
-        assert reloads.error == "ZeroDivisionError: of the reader"
+        assert reloads.outcomes[-1].error == "ZeroDivisionError: of the reader"
         reloads.ask()
         while reloads.is_reloading:
             await asyncio.sleep(0.001)
-        assert "none.toml: file: must be readable" in reloads.error
-        assert (reloads.count, told) == (2, [True, False, True, False])
+        assert "none.toml: file: must be readable" in reloads.outcomes[-1].error
+        assert (reloads.begun, told) == (2, [True, False, True, False])
         await engine.stop()
 
     asyncio.run(asyncio.wait_for(main(), PATIENCE_S))

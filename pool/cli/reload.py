@@ -56,17 +56,22 @@ def run(args: argparse.Namespace) -> int:
             if args.dry_run:
                 raise
             mistake = e  # the server is asked all the same: it decides, and its log has the reason
-        before = front["reload"]["count"]
+        own = front["reload"]["begun"] + 1  # the first that reads the file from now on
         try:
             os.kill(front["pid"], signal.SIGHUP)
         except PermissionError:
             raise ConfigError(f"process {front['pid']} belongs to another user, who may reload it") from None
-        while (outcome := client.status()["front"]["reload"])["count"] == before or outcome["is_reloading"]:
+        while (outcome := _outcome(client.status()["front"]["reload"], own)) is None:
             time.sleep(_LOOK_S)
     if outcome["error"]:
         raise mistake or ModelLoadError(outcome["error"])
     _show(outcome["changes"], args.json)
     return 0
+
+
+def _outcome(reloads: dict[str, Any], number: int) -> dict[str, Any] | None:
+    """How the reload of that number went, or the first after it that is remembered; None while it goes."""
+    return next((outcome for outcome in reloads["outcomes"] if outcome["number"] >= number), None)
 
 
 def _compare(status: dict[str, Any], new: Config) -> list[Any]:

@@ -8,7 +8,9 @@ switched in one turn of the loop. What was admitted before is finished where it 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 
 import msgspec
 
@@ -22,6 +24,9 @@ from pool.front.serving import Serving
 from pool.front.versions import newer_versions
 
 log = Log("pool.reloading")
+
+# Outcomes remembered. Whoever asked looks every 50 ms or so: another may be over by then, seldom two.
+_REMEMBERED = 8
 
 
 async def reload(engine: Engine, config: Config) -> list[Change]:
@@ -68,8 +73,33 @@ def _costs(changes: list[Change], name: str) -> set[Cost]:
     return {change.cost for change in of_model(changes, name)}
 
 
+class Outcome(NamedTuple):
+    """How a reload went.
+
+    Attributes:
+        number: Of the reload, from 1 on.
+        error: Why it was refused; empty if it was not.
+        changes: What it changed.
+    """
+
+    number: int
+    error: str
+    changes: list[Change]
+
+    def describe(self) -> dict[str, object]:
+        """For the status document."""
+        return {
+            "number": self.number,
+            "error": self.error,
+            "changes": [str(change) for change in self.changes],
+        }
+
+
 class Reloads:
-    """The reloads of one front: asked for by SIGHUP, one at a time, and how the last one went.
+    """The reloads of one front: asked for by SIGHUP, one at a time, and how the last ones went.
+
+    A signal has no number by which to find its reload. But who has seen that n were begun, and asks then, may
+    take number n + 1 for its own: it reads the file later than that, whoever else has asked for it too.
 
     Args:
         engine: To serve another configuration.
@@ -80,9 +110,8 @@ class Reloads:
 
     Attributes:
         path: As above.
-        count: Done or refused so far.
-        error: Why the last one was refused; empty if it was not.
-        changes: What the last one changed.
+        begun: How many, the one under way included.
+        outcomes: Of the last ones.
     """
 
     def __init__(
@@ -99,9 +128,8 @@ class Reloads:
         self._task: asyncio.Task[None] | None = None
         self._is_asked = False
         self.path = path
-        self.count = 0
-        self.error = ""
-        self.changes: list[Change] = []
+        self.begun = 0
+        self.outcomes: deque[Outcome] = deque(maxlen=_REMEMBERED)
 
     @property
     def is_reloading(self) -> bool:
@@ -117,28 +145,32 @@ class Reloads:
     async def _work(self) -> None:
         while self._is_asked and not self._engine.is_draining:
             self._is_asked = False
+            self.begun += 1
             self._tell(True)
             log.info("reloading", file=self.path)
-            try:
-                config = await self._loop.run_in_executor(None, load_config, self.path)
-                self.changes = await reload(self._engine, config)
-                if self._follow is not None:
-                    await self._follow()
-            except PoolError as e:
-                self.changes, self.error = [], e.message
-                log.error("reload refused, nothing was changed", reason=e.message)
-            except Exception as e:  # nobody foresaw it; whoever asks again is to be heard
-                self.changes, self.error = [], f"{type(e).__name__}: {e}"
-                log.defect("cannot reload")
-            else:
-                self.error = ""
-                logs.apply(config.server.log_level, config.server.access_log)
-                for change in self.changes:
-                    log.info("changed", key=change.key, change=str(change))
-                log.info("reloaded", changes=len(self.changes))
-            self.count += 1
+            changes, error = await self._reload()
+            self.outcomes.append(Outcome(self.begun, error, changes))
             self._tell(False)
         self._task = None
+
+    async def _reload(self) -> tuple[list[Change], str]:
+        """What was changed, or why nothing was."""
+        try:
+            config = await self._loop.run_in_executor(None, load_config, self.path)
+            changes = await reload(self._engine, config)
+            if self._follow is not None:
+                await self._follow()
+        except PoolError as e:
+            log.error("reload refused, nothing was changed", reason=e.message)
+            return [], e.message
+        except Exception as e:  # nobody foresaw it; whoever asks again is to be heard
+            log.defect("cannot reload")
+            return [], f"{type(e).__name__}: {e}"
+        logs.apply(config.server.log_level, config.server.access_log)
+        for change in changes:
+            log.info("changed", key=change.key, change=str(change))
+        log.info("reloaded", changes=len(changes))
+        return changes, ""
 
     async def stop(self) -> None:
         """Give up one that is under way; what it had started is let go."""
@@ -148,10 +180,13 @@ class Reloads:
 
     def describe(self) -> dict[str, object]:
         """For the status document."""
+        last = self.outcomes[-1] if self.outcomes else Outcome(0, "", [])
         return {
             "file": self.path,
-            "count": self.count,
+            "begun": self.begun,
+            "count": last.number,
             "is_reloading": self.is_reloading,
-            "error": self.error,
-            "changes": [str(change) for change in self.changes],
+            "error": last.error,
+            "changes": [str(change) for change in last.changes],
+            "outcomes": [outcome.describe() for outcome in self.outcomes],
         }
