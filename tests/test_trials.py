@@ -209,6 +209,18 @@ def test_a_worker_that_leaks_is_replaced_by_one_that_is_ready(client):
     assert after["batches"] > before["batches"]
 
 
+def test_a_quarantine_worker_that_leaks_does_not_stay(server, client):
+    faults = {0: (Fault.SEGFAULT,), 5: (Fault.LEAK, 150.0)}
+    errors, _ = asyncio.run(run_batch(server, "frail", faults, 1, 8))
+    assert list(errors) == [0]
+    while model(client, "frail")["quarantine"] is not None:
+        client.predict("frail", row(2))
+    log = server.log.read_text()
+    assert re.search(
+        r'worker does not stay model=frail worker=1 role=quarantine pid=\d+ reason="\d+ MiB of private', log
+    )
+
+
 def test_a_worker_that_ran_its_batches_is_replaced(client):
     seen = set()
     while model(client, "aged")["recycled"] < 2:

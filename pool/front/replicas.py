@@ -318,10 +318,18 @@ class Replicas(Crew):
             return
         self._memory_timer = self._loop.call_later(_MEMORY_CHECK_S, self._check_memory)
         for worker in self.workers:
-            if worker.pid is not None and worker.state in (WorkerState.READY, WorkerState.BUSY):
-                private_mb = private_bytes(worker.pid) / (1 << 20)
-                if private_mb > most:
-                    self.replace(worker, f"{private_mb:.0f} MiB of private memory; at most {most} wanted")
+            reason = self._overgrown(worker)
+            if reason:
+                self.replace(worker, reason)
+        self._check_lingering()
+
+    def _overgrown(self, worker: Worker) -> str:
+        """Why a worker is to be replaced, if it has more memory than it may; else ""."""
+        most = self._generation.config.max_worker_memory_mb
+        if most is None or worker.pid is None or worker.state not in (WorkerState.READY, WorkerState.BUSY):
+            return ""
+        private_mb = private_bytes(worker.pid) / (1 << 20)
+        return f"{private_mb:.0f} MiB of private memory; at most {most} wanted" if private_mb > most else ""
 
     def resize(self) -> None:
         """Have as many serving workers as the config asks for now, each with the threads that fall to it."""
@@ -366,6 +374,18 @@ class Replicas(Crew):
         self._callers.discard(caller)
         if self.quarantine is not None and self._linger is None and not self._callers:
             self._linger = self._loop.call_later(_QUARANTINE_LINGER_S, self._end_quarantine)
+            self._check_lingering()  # one that is called again and again would be looked at by no timer
+
+    def _check_lingering(self) -> None:
+        """Have the quarantine worker leave that nothing waits for, if it has grown too large."""
+        if self.quarantine is None or self._linger is None:
+            return
+        reason = self._overgrown(self.quarantine)
+        if reason:
+            who = self._who(self.quarantine)
+            log.info("worker does not stay", **who, pid=self.quarantine.pid, reason=reason)
+            self._linger.cancel()
+            self._end_quarantine()
 
     def _end_quarantine(self) -> None:
         self._linger = None
