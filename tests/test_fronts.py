@@ -513,6 +513,37 @@ def test_when_the_lead_is_killed_all_are_gone(tmp_path):
     assert CHOOSE_FRONT(endpoint) == endpoint
 
 
+def test_a_start_with_fewer_fronts_removes_the_files_of_those_that_were_killed(tmp_path, start_server):
+    (tmp_path / "one.toml").write_text("")
+    text = f'[models.one]\nbackend = "drill"\npath = "{tmp_path}/one.toml"\nworkers = 1\n'
+    config = tmp_path / "pool.toml"
+    config.write_text(f'[server]\nendpoints = ["ipc://{tmp_path}/pool.sock"]\nfronts = 4\n{text}')
+
+    def files():
+        return sorted(path.name.removeprefix("pool.sock") for path in tmp_path.glob("pool.sock*"))
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pool", "serve", str(config)], stderr=subprocess.DEVNULL
+    )
+    with Client(f"ipc://{tmp_path}/pool.sock") as client:
+        await_that(lambda: client.ready() and {f["state"] for f in client.status()["fronts"]} == {"serving"})
+        others = psutil.Process(process.pid).children(recursive=True)
+        fronts = [front["pid"] for front in client.status()["fronts"]]
+    for pid in fronts:
+        os.kill(pid, signal.SIGSTOP)  # so that none removes its files when another ends
+    for pid in reversed(fronts):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(others, GONE_S)
+    assert not alive
+    left = ["", ".1", ".1.fd", ".2", ".2.fd", ".3", ".3.fd", ".fd"]
+    assert files() == left
+    with start_server(tmp_path, text, server="fronts = 2") as server, Client(server.endpoint) as client:
+        await_that(lambda: {f["state"] for f in client.status()["fronts"]} == {"serving"})
+        assert files() == ["", ".1", ".1.fd", ".fd"]
+    assert files() == []
+
+
 # -- reloads and the end -----------------------------------------------------------------------------
 
 
