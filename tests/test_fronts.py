@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -29,6 +30,7 @@ from pool.backends.drill import Fault
 from pool.client import connection
 from pool.endpoints import side_path
 from tests.raw import await_that
+from tests.test_access import NOBODY, another_user, as_root, forbidden, set_uids
 from tests.test_server import free_port
 
 CHOOSE_FRONT = connection.choose_front
@@ -542,6 +544,35 @@ def test_a_start_with_fewer_fronts_removes_the_files_of_those_that_were_killed(t
         await_that(lambda: {f["state"] for f in client.status()["fronts"]} == {"serving"})
         assert files() == ["", ".1", ".1.fd", ".fd"]
     assert files() == []
+
+
+@as_root
+def test_users_who_are_not_listed_are_refused_by_a_follower_too(start_server):
+    with tempfile.TemporaryDirectory(prefix="pool-fronts-") as directory:
+        folder = Path(directory)
+        folder.chmod(0o755)  # for whoever that is
+        (folder / "one.toml").write_text("")
+        text = f'[models.one]\nbackend = "drill"\npath = "{folder}/one.toml"\nworkers = 1\n'
+        keys = 'fronts = 2\nipc_mode = "0666"\nipc_uids = [4711]'
+        with start_server(folder, text, server=keys) as server, Client(server.endpoint) as own:
+
+            def refused():
+                return own.status()["front"]["refused_connections"]
+
+            await_that(lambda: {f["state"] for f in own.status()["fronts"]} == {"serving"})
+            for count, place in enumerate((server.endpoint, f"{server.endpoint}.1"), 1):
+                with another_user(), Client(place) as client, forbidden():
+                    client.predict("one", inputs(np.ones((1, 4), np.float32)))
+                assert refused() == count
+            place = f"{server.endpoint}.1"
+            with Client(place) as client:  # the server's own user
+                assert client.live()
+            set_uids(server, [NOBODY])
+            with another_user(), Client(place) as client:
+                assert client.predict("one", inputs(np.ones((1, 4), np.float32)))["y"].tolist() == [[3.0] * 4]
+            set_uids(server, [4711])
+            with another_user(), Client(place) as client, forbidden():
+                client.live()
 
 
 # -- reloads and the end -----------------------------------------------------------------------------
