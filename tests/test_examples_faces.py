@@ -149,6 +149,31 @@ def test_pictures_are_read_upright_and_no_larger_than_fits(served, tmp_path):
     served(work)
 
 
+def test_pictures_of_one_name_do_not_take_each_others_place(tmp_path, monkeypatch):
+    files = []
+    for i, name in enumerate(["a.png", "there/a.png", "a.bmp", "b.png", "a-2.png"]):
+        files.append(tmp_path / name)
+        files[i].parent.mkdir(exist_ok=True)
+        Image.new("RGB", (20 + i, 10)).save(files[i])
+    assert program.names_of(files) == ["a", "a-3", "a-4", "b", "a-2"]
+    found = {}
+
+    async def serve(_config, pictures, _output, _users):
+        found.update(pictures)
+
+    monkeypatch.setattr(program, "serve", serve)
+    monkeypatch.setattr(program, "make_models", lambda _: None)
+    monkeypatch.setattr("sys.argv", ["faces", *map(str, files)])
+    program.main()
+    assert {name: picture.shape[1] for name, picture in found.items()} == {
+        "a": 20,
+        "a-3": 21,
+        "a-4": 22,
+        "b": 23,
+        "a-2": 24,
+    }
+
+
 def test_where_there_is_no_face_or_no_picture(served, portrait):
     async def work(pool):
         users = cascade(pool)

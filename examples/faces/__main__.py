@@ -7,6 +7,7 @@ import asyncio
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,26 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=0, help="then measure so many users at the same time")
     parser.add_argument("--config", type=Path, default=HERE / "pool.toml", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    pictures = {file.stem: read(file) for file in given.pictures}
+    pictures = dict(zip(names_of(given.pictures), map(read, given.pictures), strict=True))
     if not pictures:
         from skimage import data
 
         pictures["astronaut"] = data.astronaut()
     make_models(given.config.parent / "models")
     asyncio.run(serve(given.config, pictures, given.output, given.users))
+
+
+def names_of(files: Sequence[Path]) -> list[str]:
+    """A name for each file that no other has: its own without the ending, and a number if that is taken."""
+    stems = {file.stem for file in files}
+    names: dict[str, None] = {}
+    for file in files:
+        name, number = file.stem, 1
+        while name in names or (number > 1 and name in stems):
+            number += 1
+            name = f"{file.stem}-{number}"
+        names[name] = None
+    return list(names)
 
 
 def read(file: Path) -> Picture:
