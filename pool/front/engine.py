@@ -250,6 +250,18 @@ class Engine:
         for name, pipeline in pipelines.items():
             log.info("pipeline ready", pipeline=name, steps=[step.name for step in pipeline.wiring.steps])
 
+    def apply_server(self, server: ServerConfig) -> None:
+        """Take over what of `[server]` concerns the engine."""
+        self.config = msgspec.structs.replace(self.config, server=server)
+        self._awake.awake_s = server.awake_us / 1e6
+
+    def apply_model(self, name: str, config: ModelConfig) -> None:
+        """Change what of a model can be changed in place, workers included."""
+        serving = self.models[name].serving
+        assert serving is not None, "a model that is served"
+        serving.apply(config)
+        self._unserved()  # routes know priority, timeout and limits
+
     def remove(self, name: str) -> None:
         """Serve a model no more; it finishes what it admitted."""
         model = self.models.pop(name)
@@ -538,18 +550,6 @@ class Engine:
             for name, model in self.models.items()
             if model.serving is not None
         }
-
-    def apply_server(self, server: ServerConfig) -> None:
-        """Take over what of `[server]` concerns the engine."""
-        self.config = msgspec.structs.replace(self.config, server=server)
-        self._awake.awake_s = server.awake_us / 1e6
-
-    def apply_model(self, name: str, config: ModelConfig) -> None:
-        """Change what of a model can be changed in place, workers included."""
-        serving = self.models[name].serving
-        assert serving is not None, "a model that is served"
-        serving.apply(config)
-        self._unserved()  # routes know priority, timeout and limits
 
     def running(self) -> Iterator[Batch]:
         """The batches that workers have."""
