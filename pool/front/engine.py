@@ -30,34 +30,14 @@ from pool.front.pipelines import Pipelines
 from pool.front.processes import Member
 from pool.front.replicas import Audience, Replicas
 from pool.front.route import Route
+from pool.front.served import READY, ServedModel
 from pool.front.serving import Serving, stopping
 from pool.front.slots import Slot, Ticket, Turn
-from pool.front.states import WorkerState
 from pool.front.status import read_status
 from pool.front.supervisor import Supervisor
-from pool.pipelines import VERSION
 from pool.wire import PredictMeta
 
 log = Log("pool.engine")
-
-
-class ServedModel:
-    """One model of the config: what is served now and what was counted.
-
-    Attributes:
-        name: In the config.
-        serving: None until it is loaded.
-        state: `loading`, `ready`, `failed` or `stopped`.
-        failure: Why, when failed.
-        metrics: What was counted, of all its generations.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.serving: Serving | None = None
-        self.state = "loading"
-        self.failure = ""
-        self.metrics = ModelMetrics(name)
 
 
 class Sharing(Protocol):
@@ -494,62 +474,16 @@ class Engine:
     def readiness(self) -> dict[str, bool]:
         """Per model: whether it has a worker that answered its canary; per pipeline: whether all have."""
         models = self._models_ready()
-        served = self.pipelines.served
-        return models | {
-            name: name in served and all(models.get(step.model, False) for step in served[name].wiring.steps)
-            for name in self.pipelines.metrics
-        }
+        return models | self.pipelines.readiness(models)
 
     def _models_ready(self) -> dict[str, bool]:
-        return {
-            name: model.state == "ready"
-            and not self.is_draining
-            and model.serving is not None
-            and any(
-                worker.state in (WorkerState.READY, WorkerState.BUSY)
-                for worker in model.serving.replicas.workers
-            )
-            for name, model in self.models.items()
-        }
+        return {name: model.is_ready and not self.is_draining for name, model in self.models.items()}
 
     def describe_models(self) -> dict[str, Any]:
         """Per model and pipeline: version, whether it is ready, names of its signatures."""
-        readiness = self.readiness()
-        pipelines = {
-            name: {
-                "version": VERSION,
-                "ready": readiness[name],
-                "signatures": [served.wiring.signature.name]
-                if (served := self.pipelines.served.get(name))
-                else [],
-            }
-            for name in self.pipelines.metrics
-        }
-        models = {
-            name: {
-                "version": model.serving.generation.version if model.serving is not None else None,
-                "ready": readiness[name],
-                "signatures": sorted(model.serving.generation.signatures) if model.serving else [],
-            }
-            for name, model in self.models.items()
-        }
-        return models | pipelines
-
-    def slots(self) -> dict[str, int]:
-        """Per model that is loaded: how many slots its arena has."""
-        return {
-            name: len(model.serving.generation.batcher.slots)
-            for name, model in self.models.items()
-            if model.serving is not None
-        }
-
-    def versions(self) -> dict[str, int]:
-        """Per model that is loaded: the version it serves."""
-        return {
-            name: model.serving.generation.version
-            for name, model in self.models.items()
-            if model.serving is not None
-        }
+        ready = self.readiness()
+        models = {name: model.describe(ready[name]) for name, model in self.models.items()}
+        return models | self.pipelines.describe_models(ready)
 
     def running(self) -> Iterator[Batch]:
         """The batches that workers have."""
@@ -566,7 +500,7 @@ class Engine:
             models=len(readiness),
             models_ready=sum(readiness.values()),
             workers=sum(config.workers for config in self.config.models.values()),
-            workers_ready=sum(state in (WorkerState.READY, WorkerState.BUSY) for state in states),
+            workers_ready=sum(state in READY for state in states),
             queue_rows=sum(generation.batcher.queue_rows for generation in self._servings),
         )
 

@@ -162,6 +162,33 @@ class Pipelines:
 
     # -- looking ------------------------------------------------------------------------------------
 
+    def readiness(self, models: Mapping[str, bool]) -> dict[str, bool]:
+        """Per pipeline: whether all its models are ready.
+
+        Args:
+            models: Per model: whether it is.
+        """
+        return {
+            name: name in self.served
+            and all(models.get(step.model, False) for step in self.served[name].wiring.steps)
+            for name in self.metrics
+        }
+
+    def describe_models(self, ready: Mapping[str, bool]) -> dict[str, Any]:
+        """Per pipeline, for whoever asks which models there are (`docs/wire.md` 3.3).
+
+        Args:
+            ready: Per pipeline: whether it is.
+        """
+        return {
+            name: {
+                "version": VERSION,
+                "ready": ready[name],
+                "signatures": [self.served[name].wiring.signature.name] if name in self.served else [],
+            }
+            for name in self.metrics
+        }
+
     def describe(self) -> dict[str, Any]:
         """The pipelines' part of the status document."""
         return {name: self._describe(name, metrics) for name, metrics in self.metrics.items()}

@@ -40,8 +40,10 @@ async def reload(engine: Engine, config: Config) -> list[Change]:
         PoolError: a model of it cannot be served, or a pipeline does not fit; nothing was changed.
     """
     failed = {name for name, serving in engine.models.items() if serving.state == "failed"}
-    newer = newer_versions(engine.config, engine.versions())
-    changes = compare(engine.config, config, engine.slots(), newer, failed)
+    served = {name: m.serving.generation for name, m in engine.models.items() if m.serving is not None}
+    newer = newer_versions(engine.config, {name: each.version for name, each in served.items()})
+    slots = {name: len(each.batcher.slots) for name, each in served.items()}
+    changes = compare(engine.config, config, slots, newer, failed)
     refused = [change for change in changes if change.cost is Cost.RESTART]
     if refused:
         raise ConfigError("; ".join(str(change) for change in refused))

@@ -19,7 +19,7 @@ from pool.front.zygotes import Zygote
 from pool.shm.control import LoadReport
 
 if TYPE_CHECKING:
-    from pool.front.engine import ServedModel
+    from pool.front.served import ServedModel
     from pool.front.workers import Worker
 
 
