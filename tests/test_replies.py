@@ -7,13 +7,15 @@ import asyncio
 import numpy as np
 import pytest
 
-from pool import AsyncClient, wire
+from pool import AsyncClient, Pool, wire
 from pool.errors import InternalError, TooLarge
 from pool.front.replies import Reply
-from pool.shm.arena import OutputPlace
+from pool.shm.arena import Arena, OutputPlace, decode_outputs
 from pool.signature import Signature, TensorSpec
 from pool.wire import Flag, Header, Kind, TimelineMeta
 from tests.rig import Rig, generation, identity
+
+PATIENCE_S = 20.0
 
 MODEL = """
 import numpy as np
@@ -93,6 +95,39 @@ def test_a_client_hears_that_an_answer_is_too_large_and_is_served_on(start_serve
 
     with start_server(tmp_path, TOML.format(folder=tmp_path)) as server:
         asyncio.run(ask(server.endpoint))
+
+
+def test_strings_that_a_worker_has_spoilt_are_an_error_and_the_slot_is_given_back(tmp_path, monkeypatch):
+    (tmp_path / "shout.py").write_text(
+        "from pool.python import model\n"
+        '@model(inputs={"t": "string [any]"}, outputs={"u": "string [any]"})\n'
+        "def shout(t):\n"
+        "    return [each.upper() for each in t]\n"
+    )
+    file = tmp_path / "pool.toml"
+    file.write_text(
+        f'[models.shout]\nbackend = "python"\npath = "{tmp_path}/shout.py:shout"\nworkers = 1\nslots = 1\n'
+    )
+    read = Arena.read_run_record
+
+    def spoil(arena, slot):
+        """As a worker that wrote where it must not."""
+        record = read(arena, slot)
+        (place,) = decode_outputs(record[2])
+        arena.slots[slot].data[place.offset : place.offset + 8] = b"\xff" * 8
+        return record
+
+    async def main():
+        async with Pool.from_file(file) as pool:
+            for _ in range(2):
+                monkeypatch.setattr(Arena, "read_run_record", spoil)
+                with pytest.raises(InternalError, match="cannot be read"):
+                    await pool.predict("shout", {"t": [b"a", b"b"]}, timeout=PATIENCE_S)
+                monkeypatch.undo()
+            answer = await pool.predict("shout", {"t": [b"a", b"b"]})
+            assert answer["u"].tolist() == [b"A", b"B"]
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("where", ["join", "send_frames"])

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from pool import wire
-from pool.errors import InternalError, ModelError, PoolError, TooLarge
+from pool.errors import InternalError, ModelError, PoolError, TooLarge, WireError
 from pool.front.logs import Log
 from pool.front.slots import Slot, Ticket
 from pool.shm.arena import OutputPlace
@@ -102,6 +102,26 @@ class Reply:
                 for place, shape in zip(self._places, self.row_shapes, strict=True)
             ]
             self.row_bytes = sum(row_bytes for _, row_bytes in self.numeric)
+
+    def check(self, memory: memoryview) -> None:
+        """Make sure that what a worker wrote can be cut; of numbers, everything can.
+
+        Args:
+            memory: The whole slot.
+
+        Raises:
+            InternalError: it cannot (a worker scribbled over it).
+        """
+        if self.numeric is not None:
+            return
+        for place in self._places:
+            if place.dtype == "string":
+                try:
+                    wire.split_strings(
+                        memory[place.offset : place.offset + place.size_bytes], row_items(place.shape)
+                    )
+                except WireError as e:
+                    raise InternalError(e.message) from None
 
     def payloads(self, memory: memoryview, start: int, rows: int) -> list[memoryview | bytes]:
         """The tensor frames of one reply; numeric ones alias `memory`."""

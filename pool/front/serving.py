@@ -242,6 +242,7 @@ class Serving:
             try:
                 places = self.generation.arena.read_run_record(slot.index)[2]
                 reply = self.generation.reply_for(route, places)
+                reply.check(self.generation.views[slot.index])
             except InternalError as e:
                 model = self.generation.model
                 log.error("answer not valid", model=model, worker=slot.worker, reason=e.message)
