@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.peers import doors, environments, report
+from bench.peers.ceilings import naked
 from bench.peers.load import LoadFailed, read_h2load, read_perf_analyzer, read_pool
 from bench.peers.summary import better_waits, contenders, medians, recovery, unmeasured
 from bench.peers.systems import SYSTEMS
@@ -235,7 +236,20 @@ def test_goals_are_told_against_the_best_peer_and_only_where_measured():
     assert found == {
         "MLP, 256 in flight: requests/s": ["5.00x (mosec)", "at least 4.00"],
         "MLP, 256 in flight: server CPU per request": ["0.50x (Flask)", "at most 0.33 (missed)"],
+        "MLP, 256 in flight: share of the naked loop": ["not measured", "at least 0.70"],
     }
+
+
+def test_a_share_is_of_the_loop_with_the_frames_of_pools_client_and_others_have_no_goal():
+    ceilings = {"naked loop bundled": 800.0, "naked loop": 500.0, "bare": 2000.0, "echo": 400.0}
+    ceilings = {name: {"requests_per_s": rate, "client_cpu_us": 1.0} for name, rate in ceilings.items()}
+    found = report.goals(results([row(system="pool", in_flight=256, requests_per_s=400.0)], ceilings))
+    assert [cells for cells in found if cells] == [
+        ["MLP, 256 in flight: share of the naked loop", "0.50", "at least 0.70 (missed)"],
+        ["  share of the naked loop with one row a message", "0.80", ""],
+        ["  share of the model alone, on one core", "0.20", ""],
+        ["  share of a naked ROUTER with one row a message", "1.00", ""],
+    ]
 
 
 def test_the_table_has_every_system_and_tells_who_is_absent():
@@ -250,6 +264,44 @@ def test_the_table_has_every_system_and_tells_who_is_absent():
 def test_ceilings_are_medians_of_their_rounds():
     rounds = [{"bare": {"requests_per_s": value}} for value in (3.0, 1.0, 2.0)]
     assert report.median_of(rounds) == {"bare": {"requests_per_s": 2.0}}
+
+
+# -- ceilings ----------------------------------------------------------------------------------------
+
+X = np.arange(64, dtype=np.float32).reshape(8, 8)
+MODEL = """\
+from pool.python import model
+
+calls = 0
+
+
+@model(inputs={"x": "float32 [any, 8]"}, outputs={"y": "float32 [any, 2]"})
+def answer(x):
+    global calls
+    calls += 1
+    return x[:, :2] * (2 if calls < %s else 3)
+"""
+
+
+def loop_round(folder, right_calls):
+    """The naked loop around a model that doubles, as often as is said."""
+    file = folder / "model.py"
+    file.write_text(MODEL % right_calls)
+    return naked(f"{file}:answer", X, X[:, :2] * 2, 16, 4, 0.1, "python")
+
+
+def test_the_naked_loop_answers_in_both_forms_and_tells_what_each_process_took(tmp_path):
+    found = loop_round(tmp_path, 10**9)
+    assert list(found) == ["naked loop", "naked loop bundled"]
+    for figures in found.values():
+        assert figures.keys() == {"requests_per_s", "client_cpu_us", "front_cpu_us", "worker_cpu_us"}
+        assert figures["requests_per_s"] > 0
+
+
+@pytest.mark.parametrize("right_calls", [0, 100])  # of a loop's first answers, at most 48 calls, or none
+def test_a_naked_loop_that_does_not_compute_is_no_ceiling(tmp_path, right_calls):
+    with pytest.raises(LoadFailed, match="a wrong answer"):
+        loop_round(tmp_path, right_calls)
 
 
 # -- systems -----------------------------------------------------------------------------------------

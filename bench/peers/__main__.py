@@ -20,7 +20,7 @@ from typing import Any
 from bench import readme
 from bench.machine import describe
 from bench.peers import environments, plots, report
-from bench.peers.ceilings import bare, echo, memcpy
+from bench.peers.ceilings import bare, echo, memcpy, naked
 from bench.peers.summary import Row, better_waits, contenders, medians, unmeasured
 from bench.peers.systems import SYSTEMS
 from bench.peers.workloads import FULL, QUICK, WORKLOADS, Pace, Prepared, measure, prepare, variants
@@ -168,6 +168,7 @@ def _ceilings(prepared: Prepared, pace: Pace) -> Ceilings:
     if workload.name == "mlp":
         found["echo"] = echo(row_bytes, 256, seconds)
         found["echo bundled"] = echo(row_bytes, 256, seconds, workload.batch)
+        found |= naked(prepared.path, prepared.x, prepared.y, 256, workload.batch, seconds)
     if workload.name == "large":
         found["echo"] = echo(row_bytes, 2, seconds)
         found["memcpy"] = {"gb_per_s": memcpy(row_bytes, seconds)}

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.peers.load import run
+from bench.peers.doors import Array
+from bench.peers.load import LoadFailed, run
 from bench.processes import Bare
 
+_START_S = 120.0
 _ECHO_ANSWER_BYTES = 40  # ten floats, as the MLP gives
 
 
@@ -62,6 +64,45 @@ def echo(row_bytes: int, in_flight: int, seconds: float, rows: int = 1) -> dict[
             server.kill()
             server.wait()
     return {"requests_per_s": report["messages_per_s"] * rows, "p50_ms": report["p50_ms"]}
+
+
+def naked(
+    path: Path | str,
+    x: Array,
+    y: Array,
+    in_flight: int,
+    rows: int,
+    seconds: float,
+    backend: str = "tensorflow",
+) -> dict[str, dict[str, float]]:
+    """The whole data path with nothing in it but its I/O (`bench.peers.naked`).
+
+    Args:
+        path: Of the model.
+        x: Rows to ask for.
+        y: What the answers must be.
+        in_flight: Requests under way.
+        rows: Of a bundle, and most of a batch.
+        seconds: For either form of messages.
+        backend: That loads the model.
+
+    Returns:
+        `naked loop`, each row in a message of its own, and `naked loop bundled`: `requests_per_s`, and CPU of
+        client, front and worker in µs a request.
+
+    Raises:
+        LoadFailed: an answer was wrong, or none came.
+    """
+    with tempfile.TemporaryDirectory(prefix="pool-bench-") as folder:
+        file = Path(folder, "rows.npz")
+        np.savez(file, x=x, y=y)
+        words = [backend, str(path), str(file), str(in_flight), str(rows), str(seconds)]
+        out = run([sys.executable, "-m", "bench.peers.naked", *words], 2 * seconds + _START_S)
+    try:
+        found: dict[str, dict[str, float]] = json.loads(out.splitlines()[-1])
+    except (ValueError, IndexError):
+        raise LoadFailed(f"the naked loop says: {' '.join(out.split())[-400:]}") from None
+    return found
 
 
 def memcpy(size: int, seconds: float) -> float:

@@ -14,6 +14,14 @@ OWN = "pool"
 
 Results = dict[str, Any]
 
+# What takes part in the naked loop, or is the same with other messages; for comparison, without a goal.
+_PARTS = (
+    ("the naked loop with one row a message", "naked loop"),
+    ("the model alone, on one core", "bare"),
+    ("a naked ROUTER with bundles", "echo bundled"),
+    ("a naked ROUTER with one row a message", "echo"),
+)
+
 
 def median_of(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
     """Medians of every figure of every ceiling."""
@@ -240,10 +248,14 @@ def goals(results: Results) -> Iterator[list[str]]:
     alone = over(p50, "mlp", "bare", "documented_p50_ms")
     yield share("MLP, 1 in flight: p50 against the call in-process", 1.6, alone, False)
     busy = own("mlp", rate, in_flight=256)
-    # pool's client sends bundles: so do the frames that it is compared with. Either ceiling can be the lower.
-    limits = [over(busy, "mlp", name, rate) for name in ("bare", "echo bundled")]
-    most = max((limit for limit in limits if limit is not None), default=None)
-    yield share("MLP, 256 in flight: share of the lower ceiling, model or naked ROUTER", 0.7, most)
+    # pool's client sends bundles: so does that of the loop it is compared with.
+    loop = over(busy, "mlp", "naked loop bundled", rate)
+    if loop is None and busy is not None:
+        yield ["MLP, 256 in flight: share of the naked loop", "not measured", "at least 0.70"]
+    yield share("MLP, 256 in flight: share of the naked loop", 0.7, loop)
+    for words, name in _PARTS:
+        part = over(busy, "mlp", name, rate)
+        yield [] if part is None else [f"  share of {words}", f"{part:.2f}", ""]
     p99, mid = own("mlp", "p99_ms", in_flight=64), own("mlp", "p50_ms", in_flight=64)
     yield share("MLP, 64 in flight: p99/p50", 3, None if not p99 or not mid else p99 / mid, False)
     images = own("mobilenet", rate, in_flight=32)
