@@ -83,12 +83,13 @@ def naked(
         y: What the answers must be.
         in_flight: Requests under way.
         rows: Of a bundle, and most of a batch.
-        seconds: For either form of messages.
+        seconds: For each form of messages, each way.
         backend: That loads the model.
 
     Returns:
-        `naked loop`, each row in a message of its own, and `naked loop bundled`: `requests_per_s`, and CPU of
-        client, front and worker in µs a request.
+        `naked loop`, each row in a message of its own, and `naked loop bundled`, both through ZeroMQ; the
+        same with `, line` past it. Of each `requests_per_s`, and CPU of client, front and worker in µs a
+        request.
 
     Raises:
         LoadFailed: an answer was wrong, or none came.
@@ -97,7 +98,7 @@ def naked(
         file = Path(folder, "rows.npz")
         np.savez(file, x=x, y=y)
         words = [backend, str(path), str(file), str(in_flight), str(rows), str(seconds)]
-        out = run([sys.executable, "-m", "bench.peers.naked", *words], 2 * seconds + _START_S)
+        out = run([sys.executable, "-m", "bench.peers.naked", *words], 4 * seconds + _START_S)
     try:
         found: dict[str, dict[str, float]] = json.loads(out.splitlines()[-1])
     except (ValueError, IndexError):
