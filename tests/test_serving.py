@@ -18,6 +18,7 @@ import pytest
 from pool import Pool, errors
 from pool.backends import drill
 from pool.backends.drill import Fault
+from pool.embedded.calls import Calls
 
 X = np.arange(4, dtype=np.float32).reshape(1, 4)
 ANSWER = drill.answer(X, 1)
@@ -156,3 +157,22 @@ def test_of_batches_that_would_all_be_too_late_only_the_last_runs(tmp_path):
         assert (await figures(pool))["rows"] == 3
 
     run(tmp_path, scenario)
+
+
+def test_a_defect_while_answers_are_sent_costs_no_slot_and_is_told(tmp_path, monkeypatch, caplog):
+    async def scenario(pool):
+        send = Calls.send_results
+
+        def fail(*_):
+            monkeypatch.setattr(Calls, "send_results", send)
+            raise ZeroDivisionError
+
+        for _ in range(4):  # more often than there are slots
+            monkeypatch.setattr(Calls, "send_results", fail)
+            (call,) = ask(pool, row())
+            with pytest.raises(errors.InternalError, match="ZeroDivisionError while the answer was sent"):
+                await call
+        await answers(ask(pool, row()))
+
+    run(tmp_path, scenario, slots=2)
+    caplog.clear()  # its tracebacks have views of slots

@@ -137,9 +137,7 @@ class Admission:
         except PoolError as e:
             self.outbound.refuse(client, decoded.id, e, self._metrics_of(decoded))
         except Exception as e:
-            log.defect("cannot handle a message")
-            defect = InternalError(f"{type(e).__name__} while handling the request")
-            self.outbound.refuse(client, decoded.id, defect, self._metrics_of(decoded))
+            self.outbound.refuse(client, decoded.id, _defect(e), self._metrics_of(decoded))
         return 0
 
     def _receive_frames(self) -> list[memoryview]:
@@ -222,9 +220,10 @@ class Admission:
                 for id_, millis, rows in parts
             ]
             refused = route.generation.place_all(tickets, frames[1:], now)
-        except PoolError as e:
+        except Exception as e:
+            error = e if isinstance(e, PoolError) else _defect(e)
             metrics = self._metrics_of(header) or self._engine.unknown
-            self.outbound.refuse_bundled(client, [id_ for id_, _, _ in parts], e, metrics)
+            self.outbound.refuse_bundled(client, [id_ for id_, _, _ in parts], error, metrics)
             return len(parts)
         admitted = len(parts)
         for error, alike in refused:
@@ -235,6 +234,12 @@ class Admission:
         self.admitted += admitted
         self._engine.flush(route.generation, admitted)
         return len(parts)
+
+
+def _defect(e: Exception) -> InternalError:
+    """Log a defect, and give what its request is answered."""
+    log.defect("cannot handle a message")
+    return InternalError(f"{type(e).__name__} while handling the request")
 
 
 def _key(route: Route, header: Header) -> int:

@@ -253,7 +253,14 @@ class Serving:
                 continue
             for ticket in group:
                 ticket.is_settled = True
-            sink.send_results(group, reply, slot)
+            try:
+                sink.send_results(group, reply, slot)
+            except Exception as e:  # the slot is to be given back, and the others are to be served
+                log.defect("cannot send answers")
+                # Whoever of them was answered has no use for another answer, and takes none.
+                error = InternalError(f"{type(e).__name__} while the answer was sent")
+                for ticket in group:
+                    sink.send_error(ticket, error)
 
     def _batch_raised(self, slot: Slot, tickets: list[Ticket], error: PoolError) -> None:
         if slot.trial is None and (len(tickets) <= 1 or not self.generation.config.retry):
