@@ -56,6 +56,8 @@ _TCP_KEEPALIVE_IDLE_S, _TCP_KEEPALIVE_INTERVAL_S, _TCP_KEEPALIVE_COUNT = 10, 5, 
 # A server that is starting is met soon after it listens, without burning CPU while it is not there.
 _RECONNECT_MS, _RECONNECT_MAX_MS = 20, 200
 
+# What poll(2) takes; whoever wants to wait for longer waits again.
+_LONGEST_WAIT_MS = 2**31 - 1
 
 _EVENT = struct.Struct("=HI")  # which, and its value
 
@@ -315,7 +317,7 @@ class Connection:
             zmq.zmq_poll([(self.socket, zmq.POLLIN), (self.monitor, zmq.POLLIN)], timeout_ms)
         # ZeroMQ's descriptors tell of changes only: first to be asked what there is already.
         elif not (self.has_message() or _events(self.monitor) & zmq.POLLIN):
-            self._poll.poll(timeout_ms)
+            self._poll.poll(min(timeout_ms, _LONGEST_WAIT_MS))
 
     def receive_within(self, timeout_s: float) -> list[Frame] | None:
         """As `receive`, waiting so long for a message; None if none came.
