@@ -108,6 +108,10 @@ class Batcher:
 
     def commit(self, slot: Slot, ticket: Ticket, now: float) -> None:
         """Admit `ticket`, whose rows the shell has just written at `slot.rows`."""
+        self.commit_all(slot, (ticket,), now)
+
+    def commit_all(self, slot: Slot, tickets: Sequence[Ticket], now: float) -> None:
+        """Admit tickets, at least one, whose rows the shell has just written one after the other."""
         if not slot.tickets:
             slot.opened_at = now
             self._lanes[slot.key & (LANES - 1)].append(slot)
@@ -115,14 +119,18 @@ class Batcher:
             self._forecast.begin(slot, ahead, len(self._ready), self._running.values(), now)
             self._queued += 1
             self.expect(now)
-        ticket.start = slot.rows
-        slot.tickets.append(ticket)
-        slot.rows += ticket.rows
-        ticket.account.rows += ticket.rows
-        if ticket.deadline < slot.earliest_deadline:
-            slot.earliest_deadline = ticket.deadline
-        if slot.rows >= slot.capacity:
-            assert slot.rows == slot.capacity, "rows placed beyond the slot"
+        end, earliest_deadline = slot.rows, slot.earliest_deadline
+        for ticket in tickets:
+            rows = ticket.rows
+            ticket.start = end
+            end += rows
+            ticket.account.rows += rows
+            if ticket.deadline < earliest_deadline:
+                earliest_deadline = ticket.deadline
+        slot.tickets += tickets
+        slot.rows, slot.earliest_deadline = end, earliest_deadline
+        if end >= slot.capacity:
+            assert end == slot.capacity, "rows placed beyond the slot"
             del self._open[slot.key]
             self.expect(now)  # the next row goes to another slot, behind this one
 

@@ -412,20 +412,17 @@ class Generation:
         barred = self._barred(tickets, columns, now) if self.poison else {}
         self.batcher.expect(now)
         first = done = 0
-        while first < len(tickets):
+        count = len(tickets)
+        while first < count:
             slot = self.batcher.open_slot(key, route.capacity)
             room = 0 if slot is None else min(slot.capacity - slot.rows, route.inflight_rows - account.rows)
             soonest = now + self.batcher.expected_s
             rows, end = 0, first
-            # A full slot takes no more, not even a request of no rows.
-            while (
-                end < len(tickets)
-                and end not in barred
-                and rows < room
-                and rows + tickets[end].rows <= room
-                and tickets[end].deadline >= soonest
-            ):
-                rows += tickets[end].rows
+            while end < count and rows < room:  # a full slot takes no more, not even a request of no rows
+                ticket = tickets[end]
+                if rows + ticket.rows > room or ticket.deadline < soonest or end in barred:
+                    break
+                rows += ticket.rows
                 end += 1
             if end > first:
                 assert slot is not None, "there was room"
@@ -436,8 +433,7 @@ class Generation:
                 except BaseException:
                     self.batcher.abandon(slot)
                     raise
-                for ticket in tickets[first:end]:
-                    self.batcher.commit(slot, ticket, now)
+                self.batcher.commit_all(slot, tickets[first:end], now)
             else:  # the next one has to be split, waits for an empty slot, or is to be refused
                 if slot is not None:
                     self.batcher.abandon(slot)

@@ -89,8 +89,9 @@ class Line:
         self._unread.extend([message[at : at + step] for at in range(0, len(message), step)])
         self._unread_bytes += len(message)
         if was_empty:
-            self._lines.watch(self)
             self.flush()
+            if self._unread and self.is_open:
+                self._lines.watch(self)
         return self.is_open
 
     def flush(self) -> None:

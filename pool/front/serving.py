@@ -236,8 +236,13 @@ class Serving:
     def _deliver(self, slot: Slot, tickets: list[Ticket]) -> None:
         # Most batches hold requests of one kind for one sink: one call then sends them all.
         groups: dict[tuple[Route, Sink], list[Ticket]] = {}
+        route: Route | None = None
+        sink: Sink | None = None
         for ticket in tickets:
-            groups.setdefault((ticket.route, ticket.sink), []).append(ticket)
+            if ticket.route is not route or ticket.sink is not sink:
+                route, sink = ticket.route, ticket.sink
+                alike = groups.setdefault((ticket.route, ticket.sink), [])
+            alike.append(ticket)
         for (route, sink), group in groups.items():
             try:
                 places = self.generation.arena.read_run_record(slot.index)[2]
