@@ -135,8 +135,9 @@ class Lines:
         self._look_after = look_after
         self._loop = asyncio.get_running_loop()
         self._lines: set[Line] = set()
-        # A packet is read, and its rows are copied into a slot, before the next one is.
-        self._buffer = memoryview(bytearray(packets.REQUEST_MAX_BYTES))
+        # A packet is read, and its rows are copied into a slot, before the next one is. One byte more than
+        # any may have, to see that it has no more.
+        self._buffer = memoryview(bytearray(packets.REQUEST_MAX_BYTES + 1))
 
     def take(self, visitor: Visitor, data: bytes, fds: list[int]) -> None:
         """A client asks for a line: have it.
@@ -189,6 +190,8 @@ class Lines:
         turn = self._engine.turn
         turn.started = turn.ended = now = time.monotonic()
         try:
+            if size > packets.REQUEST_MAX_BYTES:
+                raise WireError(f"a packet of more than {packets.REQUEST_MAX_BYTES} bytes")
             frame, *tensors = packets.split(self._buffer[:size])
             header = bytes(frame)
             if not self._place(line.client, header, tensors, now):
