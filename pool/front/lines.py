@@ -39,6 +39,9 @@ _LINES_MAX = 128
 # Of one client process, so that it leaves some to others. `pool.Client` has one for each thread that calls.
 _LINES_OF_ONE_MAX = 64
 
+# What a packet that waits takes beside its bytes: two objects, and a place in the queue.
+_PACKET_BYTES = 256
+
 
 class Line:
     """One line, and what waits for its client to read.
@@ -81,13 +84,15 @@ class Line:
                     self._lines.end(self)
                     return False
         message = memoryview(b"".join((table, *frames)))
+        step = packets.PACKET_MAX_BYTES
+        parts = [message[at : at + step] for at in range(0, len(message), step)]
+        size = len(message) + _PACKET_BYTES * len(parts)
         # One reply always waits, however large.
-        if self._unread and self._unread_bytes + len(message) > self._max_unread_bytes:
+        if self._unread and self._unread_bytes + size > self._max_unread_bytes:
             return False
         was_empty = not self._unread
-        step = packets.PACKET_MAX_BYTES
-        self._unread.extend([message[at : at + step] for at in range(0, len(message), step)])
-        self._unread_bytes += len(message)
+        self._unread.extend(parts)
+        self._unread_bytes += size
         if was_empty:
             self.flush()
             if self._unread and self.is_open:
@@ -100,7 +105,7 @@ class Line:
         try:
             while unread:
                 sock.send(unread[0])
-                self._unread_bytes -= len(unread.popleft())
+                self._unread_bytes -= _PACKET_BYTES + len(unread.popleft())
         except BlockingIOError:
             return
         except OSError:
