@@ -164,7 +164,7 @@ class Endpoint:
         self._again()
 
     def close(self) -> None:
-        """Send what ZeroMQ still holds (for at most 1 s), unbind and remove the socket files."""
+        """Send what lines and ZeroMQ still hold (for at most 1 s each), unbind, remove the socket files."""
         if self._fd >= 0:
             self._loop.remove_reader(self._fd)
         self._engine.on_unserved.remove(self._forget_routes)

@@ -15,6 +15,7 @@ is not that goes the general way, which also says what is wrong with it (`pool.f
 from __future__ import annotations
 
 import asyncio
+import select
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -39,6 +40,9 @@ _LINES_MAX = 128
 # Of one client process, so that it leaves some to others. `pool.Client` has one for each thread that calls.
 _LINES_OF_ONE_MAX = 64
 
+# Seconds. What waits for clients to read is sent for so long when the server stops, as ZeroMQ does it.
+_LINGER_S = 1.0
+
 # What a packet that waits takes beside its bytes: two objects, and a place in the queue.
 _PACKET_BYTES = 256
 
@@ -62,6 +66,11 @@ class Line:
         self._max_unread_bytes = max_unread_bytes
         self._unread: deque[bytes | memoryview] = deque()  # packets
         self._unread_bytes = 0
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether something waits for the client to read."""
+        return bool(self._unread)
 
     def send(self, frames: Sequence[Any]) -> bool:
         """Send a message, or have it wait; False if it was dropped.
@@ -177,7 +186,19 @@ class Lines:
         self._loop.add_reader(visitor.sock.fileno(), self._on_readable, line)
 
     def close(self) -> None:
-        """End all of them; what the kernel has of their replies is still read."""
+        """Send what waits, for at most 1 s, and end all of them; what the kernel has is still read."""
+        until = time.monotonic() + _LINGER_S
+        waiting = {line.visitor.sock.fileno(): line for line in self._lines if line.is_behind}
+        poll = select.poll()
+        for fd in waiting:
+            poll.register(fd, select.POLLOUT)
+        while waiting and (left := until - time.monotonic()) > 0:
+            for fd, _ in poll.poll(left * 1e3):
+                line = waiting[fd]
+                line.flush()
+                if not (line.is_open and line.is_behind):
+                    del waiting[fd]
+                    poll.unregister(fd)
         for line in list(self._lines):
             self.end(line)
 
