@@ -1,10 +1,11 @@
-"""A DEALER that sends any frames: what tests speak to a real server with when a client would not do."""
+"""A DEALER, or a line, that sends any frames: how tests speak to a real server when a client would not do."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import os
+import select
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,8 @@ from typing import Any
 import numpy as np
 import zmq
 
-from pool import wire
+from pool import packets, wire
+from pool.endpoints import side_path
 from pool.errors import PoolError
 from pool.wire import Flag, Header, Kind, PredictMeta, TensorMeta
 
@@ -58,8 +60,16 @@ class Raw:
 
     def send(self, frames: Sequence[Frame]) -> int:
         """Send a message and give its id."""
-        self.socket.send_multipart(frames)
+        self.send_frames(frames)
         return wire.decode_header(bytes(frames[0])).id
+
+    def send_frames(self, frames: Sequence[Frame]) -> None:
+        """Send a message, whatever it is."""
+        self.socket.send_multipart(frames)
+
+    def receive_frames(self) -> list[bytes]:
+        """The next message."""
+        return self.socket.recv_multipart()
 
     def send_kind(self, kind: Kind, id_: int | None = None) -> int:
         """Send a message that is a header only; gives its id."""
@@ -67,7 +77,7 @@ class Raw:
 
     def receive(self) -> list[tuple[int, Answer]]:
         """The next message: whose replies it holds, in order."""
-        header, *rest = self.socket.recv_multipart()
+        header, *rest = self.receive_frames()
         decoded = wire.decode_header(header)
         if decoded.kind is Kind.INFO:
             return [(decoded.id, wire.decode_info(decoded.meta))]
@@ -107,6 +117,56 @@ class Raw:
         assert found[0] == id_, found
         assert isinstance(found[1], dict)
         return found[1]
+
+
+class RawLine(Raw):
+    """A line (`docs/wire.md` 8).
+
+    Args:
+        endpoint: Of the server.
+
+    Attributes:
+        socket: The Unix socket.
+        greeting: What the hello was answered with; empty if with the end.
+    """
+
+    def __init__(self, endpoint: str) -> None:
+        path = side_path(endpoint)
+        assert path is not None
+        self.socket: Any = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        self.socket.settimeout(ANSWER_TIMEOUT_MS / 1000)
+        self.socket.connect(path)
+        self.greeting = b""
+        with contextlib.suppress(ConnectionError):  # it is ended at once
+            self.socket.send(packets.HELLO.pack(packets.LINE_MAGIC, packets.LINE_VERSION))
+            self.greeting = self.socket.recv(1 << 16)
+
+    def close(self) -> None:
+        self.socket.close()
+
+    def send_frames(self, frames: Sequence[Frame]) -> None:
+        self.socket.sendmsg([packets.make_table(frames), *frames])
+
+    def receive_frames(self) -> list[bytes]:
+        """The next message; raises ConnectionError at the end of the line."""
+        message = self._receive_packet()
+        total = packets.message_bytes(memoryview(message))
+        while len(message) < total:
+            assert len(message) % packets.PACKET_MAX_BYTES == 0, "only the last packet is shorter"
+            message += self._receive_packet()
+        return [bytes(frame) for frame in packets.split(memoryview(message))]
+
+    def _receive_packet(self) -> bytes:
+        packet: bytes = self.socket.recv(1 << 20)
+        if not packet:
+            raise ConnectionError("the line has ended")
+        assert len(packet) <= packets.PACKET_MAX_BYTES
+        return packet
+
+    def has_message(self) -> bool:
+        """Whether something is there to be read, or its end."""
+        return bool(select.select([self.socket], [], [], 0)[0])
 
 
 def drill_meta(model: str, row_items: int = ROW_ITEMS, outputs: tuple[str, ...] | None = None) -> bytes:

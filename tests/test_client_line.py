@@ -184,7 +184,7 @@ def test_threads_have_a_line_each(endpoint):
         assert lines.kinds().count(Kind.PREDICT) > 60
 
 
-def test_there_is_none_where_there_can_be_none(endpoint):
+def test_there_is_none_where_there_can_be_none():
     for path in (side_path("tcp://127.0.0.1:5600"), side_path(f"ipc:///{'x' * 104}")):
         assert Approach(path).is_over
     with scripted_server("tcp://127.0.0.1:*") as server, Client(server.endpoint) as client:
