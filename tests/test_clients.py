@@ -33,6 +33,13 @@ class Peer:
         self.client = None
 
 
+class Way:
+    """A line, as far as records care."""
+
+    def send(self, _frames):
+        return True
+
+
 class Connecting(RuleBasedStateMachine):
     """ZeroMQ with a ROUTER, its monitor and the clients; and a front that reads them in any order."""
 
@@ -43,6 +50,18 @@ class Connecting(RuleBasedStateMachine):
         self.events = deque()
         self.peers = []  # those open, or with messages left
         self.made = 0
+        self.lines = []
+
+    @rule()
+    def begin_a_line(self):
+        self.lines.append(self.clients.came(Way(), "line"))
+
+    @precondition(lambda self: self.lines)
+    @rule(data=st.data())
+    def end_a_line(self, data):
+        client = self.lines.pop(data.draw(st.integers(0, len(self.lines) - 1)))
+        assert not client.is_gone
+        self.clients.lose(client)
 
     @rule(
         name=st.sampled_from([b"\0four", b"name", b"\0", b"other"]),
@@ -126,7 +145,7 @@ class Connecting(RuleBasedStateMachine):
         assert len(set(gone)) == len(gone)
         for client in gone:
             assert client.is_gone
-            assert client.room_bytes == 0
+            assert client.room_bytes == (0 if client.line is None else -1)
 
     def teardown(self):
         for peer in [peer for peer in self.peers if peer.is_open]:
@@ -145,6 +164,8 @@ class Connecting(RuleBasedStateMachine):
         assert not self.clients.numbered
         assert not self.clients._others
         assert all(peer.client is None or peer.client.is_gone for peer in self.peers)
+        assert self.clients.lines == len(self.lines)
+        assert not any(client.is_gone for client in self.lines)
 
 
 Connecting.TestCase.settings = settings(max_examples=80, stateful_step_count=30)
@@ -217,3 +238,57 @@ def test_accounts_without_rows_may_be_forgotten(clients):
     clients.forget_idle_accounts()
     assert client.accounts == {"new": busy}
     assert len(named) == 0
+
+
+# -- lines ---------------------------------------------------------------------------------------------
+
+
+def test_a_line_is_a_client_of_its_own_until_it_is_lost(clients):
+    way, other = Way(), Way()
+    client, second = clients.came(way, "line:1:-1:2"), clients.came(other, BARRED)
+    assert (client.line, client.address, client.fd) == (way, "line:1:-1:2", -1)
+    assert client.room_bytes < 0, "no reply takes the short way to the socket"
+    assert client.identity != second.identity
+    assert not second.barred, "who may not come in was not let in"
+    assert (clients.lines, len(clients), clients.numbered) == (2, 1, {})
+    clients.lose(client)
+    assert client.is_gone
+    assert client.room_bytes < 0
+    assert (clients.lines, clients.take_gone()) == (1, [client])
+    clients.lose(client)
+    assert clients.take_gone() == []
+    assert not second.is_gone
+
+
+def test_a_line_and_a_socket_are_not_taken_for_each_other(clients):
+    """Not even where a client names itself as a line is named."""
+    client = clients.came(Way(), "line")
+    named = clients.meet(client.identity, 7)
+    assert named is not client
+    assert named.line is None
+    clients.disconnected(7)
+    assert (named.is_gone, client.is_gone, clients.lines) == (True, False, 1)
+    clients.accepted(8)
+    named = clients.meet(client.identity, 8)
+    clients.lose(client)
+    assert (named.is_gone, client.is_gone, clients.lines) == (False, True, 0)
+
+
+def test_descriptors_that_end_are_not_those_of_lines(clients):
+    client = clients.came(Way(), "line")
+    for fd in (-1, 7):
+        clients.disconnected(fd)
+        clients.accepted(fd)
+        clients.disconnected(fd)
+    assert not client.is_gone
+
+
+def test_a_line_has_accounts_as_others_have(clients):
+    client = clients.came(Way(), "line")
+    idle, busy = client.account("old"), client.account("new")
+    busy.rows = 3
+    assert idle is not busy
+    assert client.has_rows
+    clients.forget_idle_accounts()
+    assert client.accounts == {"new": busy}
+    client.check_access()
