@@ -694,6 +694,7 @@ class Giver:
     """In place of admission, in this process: answers every message with as many bytes as it is told."""
 
     def __init__(self, size):
+        self.routes = {}
         self._size = size
 
     def take(self, client, header, _frames, _now):
