@@ -24,7 +24,7 @@ from pool.config import ServerConfig
 from pool.front.access import Access
 from pool.keys import write_pair
 from pool.wire import Kind
-from tests.raw import Raw, await_that, drill_bundle
+from tests.raw import Raw, RawLine, await_that, drill_bundle
 from tests.raw import drill as drill_request
 
 MODEL = '[models.m]\nbackend = "drill"\npath = "{folder}/m"\nwarm_up = false\n'
@@ -384,6 +384,14 @@ def test_nor_does_such_a_user_share_memory(barring):
         with suppress(BrokenPipeError, ConnectionResetError):
             region.send(b"a region")
             assert region.recv(100) == b""
+
+
+@as_root
+def test_nor_does_such_a_user_have_a_line(barring):
+    with another_user(), RawLine(barring.endpoints[1]) as line:
+        assert line.greeting == b""
+    with RawLine(barring.endpoints[1]) as line:
+        assert line.question(Kind.LIVE) == {"live": True}
 
 
 @as_root

@@ -161,8 +161,9 @@ def check(told, rows, took_ns):
     return line
 
 
-def test_a_prediction_with_its_time_line(server):
-    with Client(server.endpoint) as client:
+@pytest.mark.parametrize("share_memory", [True, False], ids=["line", "socket"])
+def test_a_prediction_with_its_time_line(server, share_memory):
+    with Client(server.endpoint, share_memory=share_memory) as client:
         assert type(client.predict("m", inputs(3))) is dict  # and learns the signature
         shares = []
         for _ in range(10):
@@ -191,9 +192,10 @@ def test_errors_have_none(server):
         client.predict("m", inputs(1, Fault.RAISE), timeline=True)
 
 
-def test_with_asyncio_among_others(server):
+@pytest.mark.parametrize("share_memory", [True, False], ids=["line", "socket"])
+def test_with_asyncio_among_others(server, share_memory):
     async def main():
-        async with AsyncClient(server.endpoint) as client:
+        async with AsyncClient(server.endpoint, share_memory=share_memory) as client:
             await client.predict("m", inputs(1))
             began = time.monotonic_ns()
             answers = await asyncio.gather(

@@ -12,11 +12,11 @@ import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pool import Client, errors, wire
+from pool import Client, errors, packets, wire
 from pool.signature import DTYPES
 from pool.wire import Flag, Header, Kind, PredictMeta, SignatureMeta, TensorMeta
 from tests import models
-from tests.raw import Raw, ids
+from tests.raw import Raw, RawLine, ids
 
 CONFIG = """
 [models.linear]
@@ -60,16 +60,16 @@ def server(start_server, tmp_path_factory):
         yield running
 
 
-class Asking(Raw):
+class AskingOn:
     """A connection that asks one thing at a time."""
 
     def ask(self, frames):
         """Send a message, and give the one answer that comes before that to a LIVE sent after it."""
-        self.socket.send_multipart(frames)
+        self.send_frames(frames)
         marker = self.send_kind(Kind.LIVE)
         answers = []
         while True:
-            answer = self.socket.recv_multipart()
+            answer = self.receive_frames()
             answers.append(answer)
             if len(answers) > 1 and any(wire.decode_header(a[0]).id == marker for a in answers):
                 break
@@ -98,9 +98,23 @@ class Asking(Raw):
         assert [np.frombuffer(tensor, np.float32)[-1] for tensor in tensors] == [0.0, 10.0, 2.0]
 
 
-@pytest.fixture(scope="module")
-def connection(server):
-    made = Asking(server.endpoint)
+class Asking(AskingOn, Raw):
+    """Through ZeroMQ."""
+
+
+class AskingByLine(AskingOn, RawLine):
+    """Over a line."""
+
+    def send_frames(self, frames):
+        size = sum(map(len, frames))
+        if size > packets.REQUEST_MAX_BYTES - packets.TABLE_MAX_BYTES or len(frames) > 2 + wire.MAX_TENSORS:
+            pytest.skip("no line takes such a request")
+        super().send_frames(frames)
+
+
+@pytest.fixture(scope="module", params=[Asking, AskingByLine], ids=["socket", "line"])
+def connection(server, request):
+    made = request.param(server.endpoint)
     yield made
     made.close()
 
@@ -358,7 +372,7 @@ def test_a_bundle_with_such_a_frame_is_refused_for_each_of_its_requests(raw):
     mine = [next(ids), next(ids)]
     table = b"".join(wire.PART.pack(id_, 0, 1) for id_ in mine)
     header = Header(Kind.PREDICT, 0, meta, rows=2, flags=int(Flag.BUNDLE))
-    raw.socket.send_multipart([wire.encode_header(header), table, b"\0" * (8 * items)])
+    raw.send_frames([wire.encode_header(header), table, b"\0" * (8 * items)])
     found = raw.collect(2)
     assert list(found) == mine
     assert all(type(error) is errors.TooLarge for error in found.values())
@@ -425,7 +439,7 @@ def columns(rows):
 
 def answers_by_id(raw, frames, count):
     """What comes back for each request of a bundle: its rows of `a`, or its error."""
-    raw.socket.send_multipart(frames)
+    raw.send_frames(frames)
     return {
         id_: np.frombuffer(answer[0], np.float32).tolist() if isinstance(answer, list) else answer
         for id_, answer in raw.collect(count).items()
@@ -507,10 +521,10 @@ frames = st.one_of(
 @given(st.lists(frames, min_size=1, max_size=5))
 def test_noise_gets_answers_of_the_protocol_and_the_socket_goes_on(raw, message):
     marker = next(ids)
-    raw.socket.send_multipart(message)
-    raw.socket.send(wire.encode_header(Header(Kind.LIVE, marker, b"")))
+    raw.send_frames(message)
+    raw.send_kind(Kind.LIVE, marker)
     while True:
-        header, *_ = raw.socket.recv_multipart()
+        header, *_ = raw.receive_frames()
         decoded = wire.decode_header(header)
         assert decoded.kind in (Kind.RESULT, Kind.ERROR, Kind.INFO)
         if decoded.kind is Kind.ERROR:

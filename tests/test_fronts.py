@@ -102,7 +102,7 @@ def inputs(x, fault=Fault.NONE, argument=0.0):
 
 
 class Load:
-    """Clients that ask without end, and check every answer.
+    """Clients that ask without end, over lines and through ZeroMQ by turns, and check every answer.
 
     Args:
         endpoints: One client each.
@@ -123,10 +123,14 @@ class Load:
             thread.start()
 
     def _ask(self, number, endpoint, retry):
-        with Client(endpoint, retry=retry) as client:
+        with (
+            Client(endpoint, retry=retry) as local,
+            Client(endpoint, retry=retry, share_memory=False) as plain,
+        ):
             n = 0
             while not self._stop.is_set():
                 n += 1
+                client = (local, plain)[n % 2]
                 x = np.full((1 + n % 3, 4), number * 100_000 + n % 100_000, np.float32)
                 try:
                     got = client.predict("one", inputs(x))["y"]
@@ -310,6 +314,20 @@ def test_tensors_of_a_clients_memory_come_to_a_follower(site):
             x = np.full((4, 50_000), n, np.float32)
             np.testing.assert_array_equal(client.predict("wide", inputs(x))["y"], drill.answer(x, 1))
     assert site.client.status()["front"]["regions"]["requests"] > before
+
+
+def test_lines_are_of_one_front_each_and_counted_together(site):
+    await_that(lambda: site.client.status()["front"]["lines"] <= 1)
+    with Client(site.lead) as one, Client(site.other) as other:
+        for n in range(6):
+            x = np.full((1, 4), n, np.float32)
+            for client in (one, other):
+                np.testing.assert_array_equal(client.predict("one", inputs(x))["y"], drill.answer(x, 1))
+        had = site.client.status()["front"]["lines"]
+        assert had >= 2
+        for client in (one, other):
+            assert client._idle[0].line is not None
+    await_that(lambda: site.client.status()["front"]["lines"] == had - 2)
 
 
 def test_workers_run_on_the_memory_of_a_followers_client(site):

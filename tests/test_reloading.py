@@ -51,7 +51,7 @@ class Site:
             thread.start()
 
     def _ask(self, number):
-        with Client(self.server.endpoint) as client:
+        with Client(self.server.endpoint, share_memory=number != 1) as client:
             n = 0
             while not self._stop.is_set():
                 n += 1

@@ -16,7 +16,7 @@ import pytest
 
 from pool import Client, errors
 from pool.wire import Kind
-from tests.raw import Raw, await_room, await_that, drill, drill_bundle, ids
+from tests.raw import Raw, RawLine, await_room, await_that, drill, drill_bundle, ids
 
 CONFIG = """
 [models.m]
@@ -53,9 +53,9 @@ def client(server):
         yield made
 
 
-@pytest.fixture
-def raw(server):
-    with Raw(server.endpoint) as made:
+@pytest.fixture(params=[Raw, RawLine], ids=["socket", "line"])
+def raw(request, server):
+    with request.param(server.endpoint) as made:
         await_room(made, "m", ROWS)
         yield made
         made.question(Kind.LIVE)  # and nothing else is left to come
