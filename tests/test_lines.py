@@ -682,6 +682,7 @@ def test_what_was_admitted_is_answered_when_the_server_is_told_to_stop(alone):
         assert line.collect(6) == dict.fromkeys(sent, wanted)
         with pytest.raises(ConnectionError):
             line.receive_frames()
+        assert alone.process.wait(30) == 0
 
 
 def is_refused(line):
