@@ -127,7 +127,7 @@ def task(kind, endpoint, **fields):
         "patience_s": PATIENCE_S,
         "seed": 1,
     }
-    return Task(kind=kind, endpoint=endpoint, **(defaults | fields))
+    return Task(kind=kind, is_local=True, endpoint=endpoint, **(defaults | fields))
 
 
 def right(header, tensors):

@@ -134,6 +134,25 @@ def test_those_who_say_nothing_are_so_many_and_no_more(folder, monkeypatch):
     opened(folder, go, {b"aaaa": Host().take})
 
 
+def test_where_descriptors_are_short_nobody_takes_one_who_can_do_without(folder):
+    host = Host()
+    short = []
+
+    async def inside():
+        endpoint = f"ipc://{folder}/s"
+        door = Doorway({b"aaaa": host.take}, has_room=lambda fd: fd >= 0 and not short)
+        with bound(endpoint):
+            door.listen(endpoint)
+        assert await say(side_path(endpoint), b"aaaa") == b"in"
+        short.append(True)
+        with contextlib.suppress(ConnectionError):
+            assert await say(side_path(endpoint), b"aaaa") == b""
+        door.close()
+
+    asyncio.run(inside())
+    assert len(host.taken) == 1
+
+
 def test_without_descriptors_nobody_is_let_in_until_there_are_some(folder, monkeypatch):
     monkeypatch.setattr(doorway, "_PAUSE_S", 0.02)
 

@@ -62,6 +62,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         kind: How it speaks to the server.
+        is_local: Whether it may go past ZeroMQ.
         endpoint: Where that is.
         model: A model of the drill backend.
         version: Of the model; answers depend on it.
@@ -76,6 +77,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     kind: Kind
+    is_local: bool
     endpoint: str
     model: str
     version: int
@@ -193,7 +195,11 @@ class AsyncioPlayer(Player):
         task = self.task
         under_way: set[asyncio.Task[None]] = set()
         async with AsyncClient(
-            task.endpoint, timeout=math.inf, server_key=task.server_key, secret_key=task.secret_key
+            task.endpoint,
+            timeout=math.inf,
+            share_memory=task.is_local,
+            server_key=task.server_key,
+            secret_key=task.secret_key,
         ) as client:
             await client.signature(task.model, timeout=task.patience_s)
             self.is_ready()
@@ -227,7 +233,11 @@ class BlockingPlayer(Player):
         self._under_way: dict[int, tuple[Inputs, float]] = {}
         self._numbers = itertools.count()
         with Client(
-            task.endpoint, timeout=math.inf, server_key=task.server_key, secret_key=task.secret_key
+            task.endpoint,
+            timeout=math.inf,
+            share_memory=task.is_local,
+            server_key=task.server_key,
+            secret_key=task.secret_key,
         ) as client:
             client.signature(task.model, timeout=task.patience_s)
             self.is_ready()
@@ -299,7 +309,8 @@ class RawPlayer(Player):
 
     def _connect(self) -> Connection:
         task = self.task
-        connection = Connection(self._context, task.endpoint, keys_of(task.server_key, task.secret_key))
+        keys = keys_of(task.server_key, task.secret_key)
+        connection = Connection(self._context, task.endpoint, keys, task.is_local)
         deadline = time.monotonic() + self.task.patience_s
         while not connection.is_connected():
             if time.monotonic() >= deadline:

@@ -66,13 +66,18 @@ class Doorway:
     Args:
         hosts: Who takes visitors in, by the magic that they begin with.
         is_allowed: Whether a user, by number, may come in.
+        has_room: Whether a connection may keep the descriptor it got. (ZeroMQ cannot do without, these can.)
     """
 
     def __init__(
-        self, hosts: Mapping[bytes, Host], is_allowed: Callable[[int], bool] = lambda _: True
+        self,
+        hosts: Mapping[bytes, Host],
+        is_allowed: Callable[[int], bool] = lambda _: True,
+        has_room: Callable[[int], bool] = lambda _: True,
     ) -> None:
         self._hosts = dict(hosts)
         self._is_allowed = is_allowed
+        self._has_room = has_room
         self._loop = asyncio.get_running_loop()
         self._listeners: dict[str, socket.socket] = {}
         self._visitors: set[Visitor] = set()
@@ -135,7 +140,8 @@ class Doorway:
             return
         sock.setblocking(False)
         visitor = Visitor(sock)
-        if len(self._visitors) >= _VISITORS_MAX or not self._is_allowed(visitor.uid):
+        is_full = len(self._visitors) >= _VISITORS_MAX or not self._has_room(sock.fileno())
+        if is_full or not self._is_allowed(visitor.uid):
             sock.close()
             return
         self._visitors.add(visitor)

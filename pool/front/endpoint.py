@@ -126,11 +126,13 @@ class Endpoint:
             self._router, engine, config.max_message_bytes, self._outbound, self._regions, self._questions
         )
         self._lines = Lines(engine, self._clients, self._admission, config.max_unread_bytes, self._look_after)
+        self._gate = Gate(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self._doorway = Doorway(
-            {REGION_MAGIC: self._regions.take, LINE_MAGIC: self._lines.take}, self._access.is_allowed
+            {REGION_MAGIC: self._regions.take, LINE_MAGIC: self._lines.take},
+            self._access.is_allowed,
+            self._gate.has_room,
         )
         self._connections: Connections | None = None
-        self._gate = Gate(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         engine.on_unserved.append(self._forget_routes)
         self._fd = -1
         self._is_scheduled = False

@@ -71,6 +71,10 @@ class Gate:
                 with suppress(FileNotFoundError):
                     os.unlink(name)
 
+    def has_room(self, fd: int) -> bool:
+        """Whether whoever got this descriptor, and could do without, may keep it."""
+        return fd < self._closes_at
+
     def accepted(self, fd: int) -> None:
         """A connection has this descriptor: the kernel gives the lowest, so that many are taken."""
         if self.is_open and fd >= self._closes_at:

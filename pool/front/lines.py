@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import select
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -39,6 +40,9 @@ log = Log("pool.lines")
 _LINES_MAX = 128
 # Of one client process, so that it leaves some to others. `pool.Client` has one for each thread that calls.
 _LINES_OF_ONE_MAX = 64
+
+# Of the kernel, for one line: room for a packet, as it counts.
+_SEND_BUFFER_BYTES = packets.PACKET_MAX_BYTES + 16_384
 
 # Seconds. What waits for clients to read is sent for so long when the server stops, as ZeroMQ does it.
 _LINGER_S = 1.0
@@ -179,6 +183,9 @@ class Lines:
                 f"wanted at most {_LINES_OF_ONE_MAX} and {_LINES_MAX}"
             )
         most_bytes = packets.REQUEST_MAX_BYTES
+        # A packet that the kernel never takes would be waited for in vain. Most machines have room for it.
+        if visitor.sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) < _SEND_BUFFER_BYTES:
+            visitor.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         visitor.sock.send(packets.WELCOME.pack(packets.LINE_MAGIC, packets.LINE_VERSION, most_bytes))
         line = Line(visitor, self, self._max_unread_bytes)
         line.client = self._clients.came(line, f"line:{visitor.uid}:-1:{visitor.pid}")
