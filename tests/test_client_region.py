@@ -150,7 +150,7 @@ def test_the_first_large_request_asks_for_nothing_the_second_does_and_later_ones
             header, reference = here.place(request(3, fill=7))
             decoded = wire.decode_header(header)
             assert (decoded.id, decoded.flags, decoded.meta) == (3, Flag.REGION, b"meta")
-            (tensor,), _ = there.resolve(decoded, [memoryview(reference)])
+            (tensor,), _ = there.resolve([memoryview(reference)])
             assert tensor == bytes([7]) * LARGE
 
     asyncio.run(go())
@@ -161,8 +161,8 @@ def test_tensors_of_a_request_lie_side_by_side_aligned(endpoint):
         async with regions_of(endpoint) as (here, there):
             await granted(here)
             arrays = [np.random.default_rng(0).bytes(size) for size in (1, LARGE, 0, 65, 64)]
-            header, *references = here.place([request(1)[0], *arrays])
-            found, _ = there.resolve(wire.decode_header(header), [memoryview(r) for r in references])
+            _, *references = here.place([request(1)[0], *arrays])
+            found, _ = there.resolve([memoryview(r) for r in references])
             assert list(map(bytes, found)) == arrays
             assert all(REFERENCE.unpack(r)[1] % 64 == 0 for r in references)
             del found

@@ -201,8 +201,6 @@ def answers_due(frames):
     if header.kind is Kind.CANCEL:
         return 0, 1  # none, but frames that it should not have are refused
     if header.kind is Kind.PREDICT and header.flags & Flag.BUNDLE:
-        if header.flags & Flag.REGION:
-            return 1, 1  # which cannot be both
         try:
             parts = wire.split_parts(frames[1] if len(frames) > 1 else b"", header.rows)
         except WireError:

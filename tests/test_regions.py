@@ -119,10 +119,8 @@ class Front:
         finally:
             os.close(fd)
 
-    def resolve(self, *references, flags=Flag.REGION):
-        tensors, loans = self.regions.resolve(
-            Header(Kind.PREDICT, 1, b"", flags=flags), list(map(memoryview, references))
-        )
+    def resolve(self, *references):
+        tensors, loans = self.regions.resolve(list(map(memoryview, references)))
         assert [len(tensor) for tensor in tensors] == [REFERENCE.unpack(each)[2] for each in references]
         assert [loan.offset for loan in loans] == [REFERENCE.unpack(each)[1] for each in references]
         return tensors
@@ -350,14 +348,6 @@ def test_a_reference_beyond_its_region_is_refused(in_front, span):
         with pytest.raises(InvalidInput, match=f"its region has {PAGE}"):
             front.resolve(REFERENCE.pack(token, 0, 1), REFERENCE.pack(token, *span))
         sock.close()
-
-    in_front(go)
-
-
-def test_bundles_have_no_references(in_front):
-    async def go(front):
-        with pytest.raises(WireError, match="a bundle with references"):
-            front.resolve(bytes(32), flags=Flag.REGION | Flag.BUNDLE)
 
     in_front(go)
 
@@ -787,10 +777,14 @@ def test_references_are_counted_like_tensors(liar):
             liar.ask([reference] * number)
 
 
-def test_a_bundle_of_references_is_refused(liar):
-    reference = REFERENCE.pack(liar.region.token, 0, 16)
-    with pytest.raises(WireError, match="a bundle with references"):
-        liar.ask([reference], flags=Flag.REGION | Flag.BUNDLE)
+def test_a_bundle_of_references_is_refused_for_each_of_its_requests(liar):
+    meta = wire.encode_meta(PredictMeta("any", None, None, (TensorMeta("x", "float32", (4,)),)))
+    header = wire.encode_header(Header(Kind.PREDICT, 0, meta, rows=2, flags=Flag.REGION | Flag.BUNDLE))
+    table = b"".join(wire.PART.pack(id_, 0, 1) for id_ in (801, 802))
+    liar.socket.send_multipart([header, table, REFERENCE.pack(liar.region.token, 0, 32)])
+    frame, table = liar.socket.recv_multipart()
+    assert "a bundle with references" in wire.decode_error(wire.decode_header(frame)).message
+    assert [id_ for id_, _, _ in wire.split_parts(table, 0)] == [801, 802]
 
 
 def test_a_tensor_over_the_servers_limit_is_too_large_by_reference_too(server):

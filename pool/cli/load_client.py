@@ -255,6 +255,7 @@ class LoadClient:
         timeout = timeout_field(task.patience_s)
         sent = 0
         heard_s = started_s
+        has_waited = False
         while self._done < total:
             now = clock()
             limit = min(total, self._done + window)
@@ -272,15 +273,18 @@ class LoadClient:
                 send(frames)
             if self._take(begun_s):
                 heard_s = clock()
+                has_waited = False
                 continue
+            if has_waited and self._connection.is_broken() and not self._take(begun_s):
+                return Unavailable.code  # what came before it broke was taken
             if sent == stop < limit:
                 continue
             # The socket's descriptor tells only news: here it was read empty after the last send.
             until_s = heard_s + task.timeout_s if sent > self._done else math.inf
             if due_s is not None and sent < limit:
                 until_s = min(until_s, due_s[sent])
-            if not self._wait(until_s) and not self._take(begun_s):  # what came before it broke counts
-                return Unavailable.code
+            self._wait(until_s)
+            has_waited = True
             if sent > self._done and clock() >= heard_s + task.timeout_s:
                 return DeadlineExceeded.code
             if sent == self._done:
@@ -313,15 +317,14 @@ class LoadClient:
             tell({"done": self._done})
         return count
 
-    def _wait(self, until_s: float) -> bool:
-        """Wait for news or that instant; False if the connection broke."""
+    def _wait(self, until_s: float) -> None:
+        """Wait for news or that instant."""
         timeout_s = max(0.0, until_s - time.monotonic())
         if self._task.rate is None:
             self._connection.wait(-1 if timeout_s == math.inf else math.ceil(timeout_s * 1e3))
         else:  # that counts whole milliseconds, and the next request may be due sooner
             watched = self._connection.descriptors()
             select.select(watched, [], [], None if timeout_s == math.inf else timeout_s)
-        return not self._connection.is_broken()
 
 
 def tell(line: dict[str, Any]) -> None:

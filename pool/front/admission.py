@@ -122,11 +122,11 @@ class Admission:
             if not is_bundle and decoded.kind is not Kind.CANCEL:
                 client.check_access()
             loans: Sequence[Loan] = ()
-            if decoded.flags & _REGION and decoded.kind is Kind.PREDICT:
-                frames, loans = self._regions.resolve(decoded, frames)
             if is_bundle:
                 return self._admit_bundle(client, decoded, frames, now) // _BUNDLE_DISCOUNT
             if decoded.kind is Kind.PREDICT:
+                if decoded.flags & _REGION:
+                    frames, loans = self._regions.resolve(frames)
                 self._admit(client, decoded, frames, loans, now)
             elif frames:
                 raise WireError(f"{decoded.kind.name} with {len(frames)} tensor frames; wanted none")
@@ -199,6 +199,8 @@ class Admission:
         parts = wire.split_parts(frames[0] if frames else b"", header.rows)
         try:
             client.check_access()
+            if header.flags & _REGION:
+                raise WireError("a bundle with references to a region; wanted tensors")
             self._check_sizes(frames[1:])
             route = self._find_route(header.meta)
             if not (route.is_batched and route.is_numeric):

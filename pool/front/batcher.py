@@ -86,6 +86,11 @@ class Batcher:
         self._spoilt: list[Slot] = []  # had a ticket settled while they were ahead
         self._without_ahead: list[int] = []  # workers that could take a batch ahead, longest busy first
 
+    @property
+    def has_queue(self) -> bool:
+        """Whether rows wait that no worker has, or has not begun with."""
+        return bool(self._queued or self._ahead)
+
     # -- placing ------------------------------------------------------------------------------------
 
     def open_slot(self, key: int, capacity: int) -> Slot | None:

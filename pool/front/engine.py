@@ -376,10 +376,10 @@ class Engine:
         now = time.monotonic()
         turn, self.turn = self.turn, Turn(now)
         turn.ended = now
-        generation.metrics.stages["receive"].add(now - turn.started, admitted)
         self._awake.came(Event.REQUEST, now)
         first = generation.entry if isinstance(generation, Pipeline) else generation
         self._servings[first].advance(now)
+        generation.metrics.stages["receive"].add(now - turn.started, admitted)
         return self.turn
 
     def pin(self, generation: Generation, slot: Slot, payload: np.ndarray[Any, Any]) -> None:

@@ -39,7 +39,6 @@ from pool import wire
 from pool.errors import InvalidInput, TooLarge, Unavailable, WireError
 from pool.front.doorway import Visitor
 from pool.shm.arena import InputRegion
-from pool.wire import Flag, Header
 
 # Connections. Each has three descriptors (the socket's, the memfd's, the map's), so all take three eighths of
 # the 1,024 that a process has unless told otherwise. Whoever gets none sends its tensors in its messages.
@@ -112,26 +111,21 @@ class Regions:
 
     # -- requests ----------------------------------------------------------------------------------
 
-    def resolve(
-        self, header: Header, references: Sequence[memoryview]
-    ) -> tuple[list[memoryview], list[Loan]]:
+    def resolve(self, references: Sequence[memoryview]) -> tuple[list[memoryview], list[Loan]]:
         """The tensors that a request's frames refer to, where they lie.
 
         Args:
-            header: With `Flag.REGION`.
-            references: Its tensor frames.
+            references: The tensor frames of a request with `Flag.REGION`.
 
         Returns:
             Memory of the client, which can change at any time; not to be kept. And where it is, to be kept
             as long as anything reads it.
 
         Raises:
-            WireError: one is not a reference, or the request is a bundle.
+            WireError: one is not a reference.
             Unavailable: its region is not there (any more).
             InvalidInput: it points outside its region.
         """
-        if header.flags & Flag.BUNDLE:
-            raise WireError("a bundle with references to a region; wanted tensors")
         tensors: list[memoryview] = []
         loans: list[Loan] = []
         for i, reference in enumerate(references):

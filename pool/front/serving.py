@@ -216,17 +216,19 @@ class Serving:
         self.running -= 1
         if worker.role == "serving" and worker.state in (WorkerState.READY, WorkerState.BUSY):
             self._batcher.worker_ready(worker.id)
+        if self._batcher.has_queue:
+            self._dispatch(now)
         self._host.came(Event.ANSWER, now)
-        self._dispatch(now)
-        self.generation.metrics.batch_answered(slot)
         if message.kind == Ring.DONE:
             self._deliver(slot, tickets)
+            self.generation.metrics.batch_answered(slot)
             self.generation.metrics.replies_sent(slot, tickets, now, time.monotonic())
             if slot.trial is not None:
                 self.trials.passed(slot)
             if slot.pins == 0:
                 self._release(slot)
         else:
+            self.generation.metrics.batch_answered(slot)
             kind = TooLarge if message.kind == Ring.TOO_LARGE else ModelError
             self._batch_raised(slot, tickets, kind(message.text))
         if worker.role == "quarantine":

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from math import inf
 from typing import Any
 
+import msgspec
+
 from pool.front.states import SlotState
 
 LANE_BITS = 2  # of a key: its priority
@@ -39,7 +41,7 @@ class Turn:
         self.started = self.ended = started
 
 
-class Ticket:
+class Ticket(msgspec.Struct, eq=False):
     """One admitted request's place in one batch (a request split over batches has one for each).
 
     The batcher reads and writes `rows`, `start`, `deadline`, `account` and `is_settled`; the rest is the
@@ -59,43 +61,17 @@ class Ticket:
         is_settled: Whether it was answered already (expired or withdrawn): its rows are ballast.
     """
 
-    __slots__ = (
-        "account",
-        "client",
-        "deadline",
-        "id",
-        "is_settled",
-        "key",
-        "route",
-        "rows",
-        "sink",
-        "start",
-        "turn",
-    )
-
-    def __init__(
-        self,
-        sink: Any,
-        client: Any,
-        id_: Any,
-        route: Any,
-        rows: int,
-        deadline: float,
-        turn: Turn,
-        key: int,
-        account: Account,
-    ) -> None:
-        self.sink = sink
-        self.client = client
-        self.id = id_
-        self.route = route
-        self.rows = rows
-        self.start = 0
-        self.deadline = deadline
-        self.turn = turn
-        self.key = key
-        self.account = account
-        self.is_settled = False
+    sink: Any
+    client: Any
+    id: Any
+    route: Any
+    rows: int
+    deadline: float
+    turn: Turn
+    key: int
+    account: Account
+    start: int = 0
+    is_settled: bool = False
 
 
 class Slot:
