@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import zmq
 
 from pool import wire
-from pool.errors import InternalError, InvalidInput, PoolError, TooLarge, WireError
+from pool.errors import InternalError, InvalidInput, Overloaded, PoolError, TooLarge, WireError
 from pool.front.bundles import Bundles
 from pool.front.clients import Client
 from pool.front.engine import Engine
 from pool.front.logs import Log
 from pool.front.metrics import ModelMetrics
-from pool.front.outbound import Outbound
+from pool.front.outbound import Outbound, Refusal
 from pool.front.questions import Questions
 from pool.front.regions import Loan, Regions, private
 from pool.front.route import Route
@@ -42,6 +42,10 @@ PRIORITIES = {wire.head(Kind.PREDICT): UNSAID} | {
 _NOBLOCK = int(zmq.NOBLOCK)
 
 _REGION = int(Flag.REGION)
+
+
+# Refusals made in one go, by what makes their sentences differ.
+Refusals = dict[tuple[Route, int, bool, "Client | None"], Refusal]
 
 
 class Admission:
@@ -139,6 +143,30 @@ class Admission:
         except Exception as e:
             self.outbound.refuse(client, decoded.id, _defect(e), self._metrics_of(decoded))
         return 0
+
+    def find_refusal(self, ticket: Ticket, now: float, refusals: Refusals) -> Refusal | None:
+        """Why there is no room for a request; None if that has to be found out the general way.
+
+        Args:
+            ticket: In no slot.
+            now: Monotonic seconds.
+            refusals: Made for others; a new one is added.
+        """
+        route: Route = ticket.route
+        generation = route.generation
+        is_late = ticket.deadline - now < generation.batcher.expected_s
+        is_over = not is_late and ticket.account.rows + ticket.rows > route.inflight_rows
+        alike = (route, ticket.rows, is_late, ticket.client if is_over else None)
+        refusal = refusals.get(alike)
+        if refusal is None:
+            try:
+                generation.check_rows(route, ticket.rows)
+                generation.check_room(ticket, now)
+            except Overloaded as e:
+                refusal = refusals[alike] = Refusal(e, generation.metrics)
+            except PoolError:  # too large; or, without an error, in time after all, by a rounding error
+                pass
+        return refusal
 
     def _receive_frames(self) -> list[memoryview]:
         frames: list[memoryview] = []

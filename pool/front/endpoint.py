@@ -20,9 +20,9 @@ from typing import Any
 import zmq
 
 from pool.config import ServerConfig
-from pool.errors import Cancelled, Overloaded, PoolError, WireError
+from pool.errors import Cancelled, PoolError, WireError
 from pool.front.access import Access
-from pool.front.admission import PRIORITIES, UNSAID, Admission
+from pool.front.admission import PRIORITIES, UNSAID, Admission, Refusals
 from pool.front.binding import bind, listen_shared
 from pool.front.clients import Client, Clients
 from pool.front.columns import frame_size_error
@@ -36,7 +36,6 @@ from pool.front.logs import Log
 from pool.front.outbound import MARK_BYTES, Outbound, Refusal
 from pool.front.questions import Questions
 from pool.front.regions import Regions
-from pool.front.route import Route
 from pool.front.slots import Ticket
 from pool.front.withdrawing import withdraw
 from pool.packets import LINE_MAGIC
@@ -60,9 +59,6 @@ _SEND_HIGH_WATER = 20_000
 _TCP_KEEPALIVE_IDLE_S, _TCP_KEEPALIVE_INTERVAL_S, _TCP_KEEPALIVE_COUNT = 10, 5, 3
 
 _NOBLOCK = int(zmq.NOBLOCK)
-
-# Refusals of one drain, by what makes their sentences differ.
-_Refusals = dict[tuple[Route, int, bool, Client | None], Refusal]
 
 
 class Endpoint:
@@ -250,7 +246,7 @@ class Endpoint:
             PRIORITIES,
             time.monotonic,
         )
-        refusals: _Refusals = {}
+        refusals: Refusals = {}
         touched: Generation | None = None
         admitted = flushed = 0
         turn = self._engine.turn
@@ -357,27 +353,14 @@ class Endpoint:
         frame = self._router.recv(_NOBLOCK, copy=False)
         return self._connections.meet(identity, frame), frame.bytes
 
-    def _refuse_overload(self, ticket: Ticket, header: bytes, now: float, refusals: _Refusals) -> None:
+    def _refuse_overload(self, ticket: Ticket, header: bytes, now: float, refusals: Refusals) -> None:
         """Refuse a request that there is no room for, with the sentence made for another one like it."""
-        route: Route = ticket.route
-        client: Client = ticket.client
-        is_late = ticket.deadline - now < route.generation.batcher.expected_s
-        is_over = not is_late and ticket.account.rows + ticket.rows > route.inflight_rows
-        alike = (route, ticket.rows, is_late, client if is_over else None)
-        refusal = refusals.get(alike)
+        refusal = self._admission.find_refusal(ticket, now, refusals)
         if refusal is None:
-            try:
-                route.generation.check_rows(route, ticket.rows)
-                route.generation.check_room(ticket, now)
-            except Overloaded as e:
-                refusal = refusals[alike] = Refusal(e, route.generation.metrics)
-            except PoolError:
-                pass
-        if refusal is None:  # too large; or, by a rounding error, in time after all
-            self._admission.receive(client, header, now)
+            self._admission.receive(ticket.client, header, now)
             return
         self._skip_frames()
-        self._outbound.refuse_alike(client, ticket.id, refusal)
+        self._outbound.refuse_alike(ticket.client, ticket.id, refusal)
 
     def _skip_frames(self) -> None:
         router = self._router

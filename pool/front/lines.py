@@ -25,11 +25,13 @@ from typing import Any
 
 from pool import packets, wire
 from pool.errors import PoolError, Unavailable, WireError
-from pool.front.admission import PRIORITIES, UNSAID, Admission
+from pool.front.admission import PRIORITIES, UNSAID, Admission, Refusals
 from pool.front.clients import Client, Clients
 from pool.front.doorway import Visitor
 from pool.front.engine import Engine
+from pool.front.generation import Generation
 from pool.front.logs import Log
+from pool.front.route import Route
 from pool.front.slots import Ticket
 from pool.wire import FIXED_BYTES, HEAD, HEAD_BYTES
 
@@ -43,6 +45,9 @@ _LINES_OF_ONE_MAX = 64
 
 # Of the kernel, for one line: room for a packet, as it counts.
 _SEND_BUFFER_BYTES = packets.PACKET_MAX_BYTES + 16_384
+
+# Messages of one line a turn of the loop: about 1 ms, as `pool.front.endpoint` has it for all of ZeroMQ's.
+_DRAIN_MAX = 64
 
 # Seconds. What waits for clients to read is sent for so long when the server stops, as ZeroMQ does it.
 _LINGER_S = 1.0
@@ -210,53 +215,95 @@ class Lines:
             self.end(line)
 
     def _on_readable(self, line: Line) -> None:
-        """One message, or its end: the loop calls again as long as there is more, and others in between."""
-        try:
-            size = line.visitor.sock.recv_into(self._buffer)
-        except BlockingIOError:
-            return
-        except OSError:
-            size = 0
-        if size == 0:
-            self.end(line)
-            return
+        """Take what has come, a drain's worth at most; the loop calls again as long as there is more.
+
+        The first request is run at once, for it may be alone. Those behind it are run together.
+        """
+        refusals: Refusals = {}
         turn = self._engine.turn
         turn.started = turn.ended = now = time.monotonic()
-        try:
-            if size > packets.REQUEST_MAX_BYTES:
-                raise WireError(f"a packet of more than {packets.REQUEST_MAX_BYTES} bytes")
-            frame, *tensors = packets.split(self._buffer[:size])
-            header = bytes(frame)
-            if not self._place(line.client, header, tensors, now):
-                self._admission.take(line.client, header, tensors, now)
-        except PoolError as e:
-            log.debug("a line is ended", client=line.client.address, reason=e.message)
-            line.send([wire.encode_error(0, e)])
-            self.end(line)
-        except Exception:
-            log.defect("cannot handle a message")
-            self.end(line)
+        touched: Generation | None = None
+        placed = 0
+        for number in range(_DRAIN_MAX):
+            try:
+                size = line.visitor.sock.recv_into(self._buffer)
+            except BlockingIOError:
+                break
+            except OSError:
+                size = 0
+            if size == 0:
+                self.end(line)
+                break
+            try:
+                if size > packets.REQUEST_MAX_BYTES:
+                    raise WireError(f"a packet of more than {packets.REQUEST_MAX_BYTES} bytes")
+                frame, *tensors = packets.split(self._buffer[:size])
+                header = bytes(frame)
+                route = self._admission.routes.get(header[FIXED_BYTES:])
+                admitted = None
+                if route is not None:
+                    admitted = self._place(line.client, route, header, tensors, now, refusals)
+                if admitted is None:
+                    self._admission.take(line.client, header, tensors, now)
+            except PoolError as e:
+                log.debug("a line is ended", client=line.client.address, reason=e.message)
+                line.send([wire.encode_error(0, e)])
+                self.end(line)
+                break
+            except Exception:
+                log.defect("cannot handle a message")
+                self.end(line)
+                break
+            if not admitted:
+                continue
+            assert route is not None, "what was admitted has a route"
+            if touched is not None and touched is not route.generation:
+                self._engine.flush(touched, placed)
+                placed = 0
+            touched = route.generation
+            placed += 1
+            if number == 0:
+                now = self._engine.flush(touched, placed).started
+                touched, placed = None, 0
+        if touched is not None:
+            self._engine.flush(touched, placed)
         self._look_after()
 
-    def _place(self, client: Client, header: bytes, tensors: Sequence[memoryview], now: float) -> bool:
-        """The fast way: put the rows of a request into the open slot; False if it has to go the other."""
-        admission = self._admission
-        route = admission.routes.get(header[FIXED_BYTES:])
+    def _place(
+        self,
+        client: Client,
+        route: Route,
+        header: bytes,
+        tensors: Sequence[memoryview],
+        now: float,
+        refusals: Refusals,
+    ) -> bool | None:
+        """The fast way: put the rows of a request into the open slot, or refuse it for want of room.
+
+        Returns:
+            Whether it was admitted; None if it has to go the general way.
+        """
         priority = PRIORITIES.get(header[:HEAD_BYTES])
-        if route is None or priority is None or not route.is_direct or len(tensors) != len(route.inputs):
-            return False
+        if priority is None or not route.is_direct or len(tensors) != len(route.inputs):
+            return None
         generation = route.generation
         _, id_, timeout_ms, rows = HEAD.unpack_from(header)
         if generation.poison or (rows != 1 and (rows == 0 or not route.is_batched)):
-            return False
-        batcher = generation.batcher
+            return None
+        admission, batcher = self._admission, generation.batcher
         patience = timeout_ms * 1e-3 or route.timeout_s
         account = client.accounts.get(generation) or client.account(generation)
-        if patience < batcher.expected_s or account.rows + rows > route.inflight_rows:
-            return False
         key = route.key if priority == UNSAID else route.keys[priority]
-        slot = batcher.open_slot(key, route.capacity)
+        slot = None
+        if patience >= batcher.expected_s and account.rows + rows <= route.inflight_rows:
+            slot = batcher.open_slot(key, route.capacity)
+        turn = self._engine.turn
+        ticket = Ticket(admission.outbound, client, id_, route, rows, now + patience, turn, key, account)
         if slot is None:
+            refusal = admission.find_refusal(ticket, now, refusals)
+            if refusal is None:
+                return None
+            admission.outbound.refuse_alike(client, id_, refusal)
             return False
         view, start = generation.views[slot.index], slot.rows
         fits = rows <= slot.capacity - start
@@ -269,12 +316,9 @@ class Lines:
                 view[at : at + rows * row_bytes] = tensor
         if not fits:
             batcher.abandon(slot)
-            return False
-        turn = self._engine.turn
-        ticket = Ticket(admission.outbound, client, id_, route, rows, now + patience, turn, key, account)
+            return None
         batcher.commit(slot, ticket, now)
         admission.admitted += 1
-        self._engine.flush(generation, 1)
         return True
 
     # -- what lines tell ------------------------------------------------------------------------------
