@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import resource
 import select
 import socket
 import time
@@ -239,3 +240,14 @@ def bound(endpoint: str, permissions: int = 0o600) -> Iterator[None]:
             yield
         finally:
             os.unlink(path)
+
+
+@contextlib.contextmanager
+def no_descriptors() -> Iterator[None]:
+    """This process gets no new file descriptor."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

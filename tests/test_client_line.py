@@ -11,7 +11,6 @@ import contextlib
 import gc
 import math
 import os
-import resource
 import socket
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from pool.client.line import Approach, Line
 from pool.endpoints import side_path
 from pool.errors import Cancelled, DeadlineExceeded, PoolError, Unavailable, WireError
 from pool.wire import Header, Kind, ResultMeta, TensorMeta
-from tests.raw import await_that
+from tests.raw import await_that, no_descriptors
 from tests.scripted_line import cut, scripted_lines, welcome
 from tests.scripted_server import answer_properly, info, never, on_predict, result, rows, scripted_server
 
@@ -190,16 +189,6 @@ def test_there_is_none_where_there_can_be_none():
     with scripted_server("tcp://127.0.0.1:*") as server, Client(server.endpoint) as client:
         for _ in range(5):
             assert client.live()
-
-
-@contextlib.contextmanager
-def no_descriptors():
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_nobody_there_and_no_descriptors_mean_that_there_is_none(endpoint):

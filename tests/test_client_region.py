@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import mmap
-import resource
 import socket
 import tempfile
 
@@ -22,7 +21,7 @@ from pool.errors import Unavailable
 from pool.front import regions as front
 from pool.front.doorway import Doorway
 from pool.wire import REFERENCE, Flag, Header, Kind
-from tests.raw import bound
+from tests.raw import bound, no_descriptors
 from tests.scripted_server import scripted_server
 
 LARGE = region.SHARE_BYTES
@@ -333,16 +332,6 @@ def test_a_grant_that_never_comes_is_not_waited_for(endpoint):
         for _ in range(5):
             assert here.place(frames) is frames
         here.close()
-
-
-@contextlib.contextmanager
-def no_descriptors():
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_without_descriptors_or_memory_requests_go_as_they_are(endpoint, monkeypatch):

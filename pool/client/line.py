@@ -2,7 +2,7 @@
 
 A ZeroMQ message takes two threads more than the two ends have, and to wake each costs more than to carry the
 message. A *line* is a Unix socket between client and front (`docs/wire.md` 8): an answer to one small
-request comes in about half the time.
+request comes in about three quarters of the time.
 
 Nothing here is needed for an answer. Where there is no line, no room in it, or the message is too large for
 it, that goes through ZeroMQ.

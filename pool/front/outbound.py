@@ -145,7 +145,7 @@ class Outbound:
             rows, client = ticket.rows, ticket.client
             header = pack(head, ticket.id, 0, rows) + meta
             room = client.room_bytes - rows * reply_row_bytes - added
-            if client.line is not None:
+            if room < 0 and client.line is not None:
                 start = ticket.start
                 frames = [view[at + start * n : at + (start + rows) * n] for at, n in numeric]
                 if client.line.send((header, *frames)):
