@@ -16,6 +16,7 @@ from pool import wire
 from pool.config import ModelConfig
 from pool.errors import PoolError
 from pool.front.generation import Generation
+from pool.front.parts import Parts
 from pool.front.replies import Reply
 from pool.front.route import Route
 from pool.front.slots import Account, Slot, Ticket, Turn
@@ -115,7 +116,7 @@ class Collector:
         self.answers[ticket.id] = answer
 
     def send_results(self, tickets: Sequence[Ticket], reply: Reply, slot: Slot) -> None:
-        for ticket in tickets:
+        for ticket in [alone for each in tickets for alone in each.split()]:
             memory = ticket.route.generation.views[slot.index]
             self.send_frames(ticket, reply, list(reply.payloads(memory, ticket.start, ticket.rows)))
 
@@ -130,7 +131,8 @@ class Collector:
         self._keep(ticket, answer)
 
     def send_error(self, ticket: Ticket, error: PoolError) -> None:
-        self._keep(ticket, error)
+        for alone in ticket.split():
+            self._keep(alone, error)
 
 
 class Rig:
@@ -190,6 +192,14 @@ class Rig:
     def ticket(self, id_: Any, route: Route, rows: int, deadline: float = inf) -> Ticket:
         return Ticket(
             self.sink, b"client", id_, route, rows, deadline, Turn(self.now), route.key, self.account
+        )
+
+    def parts(self, route: Route, requests: Sequence[tuple[int, int, int]]) -> Parts:
+        """Of a bundle: its requests as (id, millis, rows)."""
+        table = b"".join([wire.PART.pack(*request) for request in requests])
+        turn, (_, millis, counts) = Turn(self.now), map(list, zip(*requests, strict=True))
+        return Parts(
+            self.sink, b"client", route, turn, route.key, self.account, table, millis, counts, self.now
         )
 
     def place(self, id_: Any, inputs: dict[str, Array], **keywords: Any) -> Ticket:

@@ -29,6 +29,7 @@ from pool.errors import (
 )
 from pool.front import pipeline as front_pipeline
 from pool.front.clients import Client
+from pool.front.parts import Parts
 from pool.front.pipelines import Pipelines
 from pool.front.slots import Account, Ticket, Turn
 from pool.pipelines import PipelineConfig, StepConfig
@@ -141,6 +142,22 @@ class House:
         key = route.key if priority is None else route.keys[priority]
         turn = Turn(self.pipelines.clock())
         return Ticket(self.sink, self.client, id_, route, rows, deadline, turn, key, account)
+
+    def parts(self, route, counts):
+        table = b"".join([wire.PART.pack(i, 0, n) for i, n in enumerate(counts)])
+        turn, account = Turn(self.pipelines.clock()), self.client.account(route.generation)
+        return Parts(
+            self.sink,
+            self.client,
+            route,
+            turn,
+            route.key,
+            account,
+            table,
+            [0] * len(counts),
+            counts,
+            turn.started,
+        )
 
     def ask(self, id_, name, inputs, outputs=None, **keywords):
         """Admit a request; raises what it is refused with."""
@@ -439,13 +456,9 @@ def test_a_bundle_is_admitted_one_by_one():
         pipeline = house.pipelines.served["back"]
         route = pipeline.resolve(PredictMeta("back", None, None, (TensorMeta("x", "float32", (2,)),)))
         counts = [2, 7, 3, 9]
-        tickets = [house.ticket(i, route, n) for i, n in enumerate(counts)]
         x = rows(sum(counts))["x"]
-        refused = pipeline.place_all(tickets, [x.tobytes()], 0.0)
-        assert [(type(e), [t.id for t in alike]) for e, alike in refused] == [
-            (Overloaded, [1]),
-            (TooLarge, [3]),
-        ]
+        refused = pipeline.place_all(house.parts(route, counts), [x.tobytes()], 0.0)
+        assert [(type(e), ids) for e, ids in refused] == [(Overloaded, [1]), (TooLarge, [3])]
         house.asked = {0: ("back", {"x": x[:2]}), 2: ("back", {"x": x[9:12]})}
         house.run()
         house.check()
@@ -457,7 +470,7 @@ def test_a_defect_refuses_one_request_of_a_bundle(monkeypatch):
     def act(house):
         pipeline = house.pipelines.served["back"]
         route = pipeline.resolve(PredictMeta("back", None, None, (TensorMeta("x", "float32", (2,)),)))
-        tickets = [house.ticket(i, route, 1) for i in range(3)]
+        parts = house.parts(route, [1, 1, 1])
         plus, count = house.generations["plus"], iter(range(3))
         place = plus.fill
 
@@ -468,9 +481,9 @@ def test_a_defect_refuses_one_request_of_a_bundle(monkeypatch):
 
         monkeypatch.setattr(plus, "fill", fail_second)
         x = rows(3)["x"]
-        ((error, alike),) = pipeline.place_all(tickets, [x.tobytes()], 0.0)
+        ((error, ids),) = pipeline.place_all(parts, [x.tobytes()], 0.0)
         assert isinstance(error, InternalError)
-        assert alike == [tickets[1]]
+        assert ids == [1]
         house.asked = {i: ("back", {"x": x[i : i + 1]}) for i in (0, 2)}
         monkeypatch.undo()
         house.run()

@@ -18,6 +18,7 @@ from pool.front.engine import Engine
 from pool.front.logs import Log
 from pool.front.metrics import ModelMetrics
 from pool.front.outbound import Outbound, Refusal
+from pool.front.parts import Parts
 from pool.front.questions import Questions
 from pool.front.regions import Loan, Regions, private
 from pool.front.route import Route
@@ -41,7 +42,8 @@ PRIORITIES = {wire.head(Kind.PREDICT): UNSAID} | {
 
 _NOBLOCK = int(zmq.NOBLOCK)
 
-_REGION = int(Flag.REGION)
+# Plain numbers, because to join two members of a Python enum takes microseconds.
+_BUNDLE, _PRIORITY, _REGION, _TIMELINE = map(int, (Flag.BUNDLE, Flag.PRIORITY, Flag.REGION, Flag.TIMELINE))
 
 
 # Refusals made in one go, by what makes their sentences differ.
@@ -122,7 +124,7 @@ class Admission:
             self.outbound.refuse(client, wire.peek_id(header) or 0, e, self._engine.unknown)
             return 0
         try:
-            is_bundle = decoded.kind is Kind.PREDICT and decoded.flags & Flag.BUNDLE
+            is_bundle = decoded.kind is Kind.PREDICT and decoded.flags & _BUNDLE
             if not is_bundle and decoded.kind is not Kind.CANCEL:
                 client.check_access()
             loans: Sequence[Loan] = ()
@@ -212,7 +214,7 @@ class Admission:
         account, key = client.account(route.generation), _key(route, header)
         turn = self._engine.turn
         sink: Outbound | Timelines = self.outbound
-        if header.flags & Flag.TIMELINE:  # in a turn of its own, which began after the message came
+        if header.flags & _TIMELINE:  # in a turn of its own, which began after the message came
             turn, sink = self._engine.flush(route.generation, 0), self._timelines
         ticket = Ticket(sink, client, header.id, route, header.rows, deadline, turn, key, account)
         tensors: Sequence[memoryview | bytes] = frames
@@ -224,7 +226,8 @@ class Admission:
 
     def _admit_bundle(self, client: Client, header: Header, frames: list[memoryview], now: float) -> int:
         """Admit or refuse each request of a bundle; gives how many there were (`docs/wire.md` 3.9)."""
-        parts = wire.split_parts(frames[0] if frames else b"", header.rows)
+        table = frames[0] if frames else b""
+        millis, counts = wire.read_parts(table, header.rows)
         try:
             client.check_access()
             if header.flags & _REGION:
@@ -233,37 +236,22 @@ class Admission:
             route = self._find_route(header.meta)
             if not (route.is_batched and route.is_numeric):
                 raise InvalidInput("a bundle of requests with string inputs, or to a signature not batched")
-            key, account, sink = _key(route, header), client.account(route.generation), self._bundles
-            turn = self._engine.turn
-            tickets = [
-                Ticket(
-                    sink,
-                    client,
-                    id_,
-                    route,
-                    rows,
-                    now + (millis * 1e-3 or route.timeout_s),
-                    turn,
-                    key,
-                    account,
-                )
-                for id_, millis, rows in parts
-            ]
-            refused = route.generation.place_all(tickets, frames[1:], now)
+            account, turn = client.account(route.generation), self._engine.turn
+            key = _key(route, header)
+            parts = Parts(self._bundles, client, route, turn, key, account, table, millis, counts, now)
+            refused = route.generation.place_all(parts, frames[1:], now)
         except Exception as e:
             error = e if isinstance(e, PoolError) else _defect(e)
             metrics = self._metrics_of(header) or self._engine.unknown
-            self.outbound.refuse_bundled(client, [id_ for id_, _, _ in parts], error, metrics)
-            return len(parts)
-        admitted = len(parts)
-        for error, alike in refused:
-            self.outbound.refuse_bundled(
-                client, [ticket.id for ticket in alike], error, route.generation.metrics
-            )
-            admitted -= len(alike)
+            self.outbound.refuse_bundled(client, wire.read_ids(table), error, metrics)
+            return len(counts)
+        admitted = len(counts)
+        for error, ids in refused:
+            self.outbound.refuse_bundled(client, ids, error, route.generation.metrics)
+            admitted -= len(ids)
         self.admitted += admitted
         self._engine.flush(route.generation, admitted)
-        return len(parts)
+        return len(counts)
 
 
 def _defect(e: Exception) -> InternalError:
@@ -274,4 +262,4 @@ def _defect(e: Exception) -> InternalError:
 
 def _key(route: Route, header: Header) -> int:
     """What the request shares with those it may run with."""
-    return route.keys[header.priority] if header.flags & Flag.PRIORITY else route.key
+    return route.keys[header.priority] if header.flags & _PRIORITY else route.key

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pool.errors import PoolError
 from pool.front.outbound import Outbound
 from pool.front.replies import Reply
 from pool.front.slots import Slot, Ticket
+from pool.wire import MAX_PARTS
 
 
 class Bundles:
@@ -24,26 +26,31 @@ class Bundles:
     def __init__(self, outbound: Outbound) -> None:
         self._outbound = outbound
         self.send_frames = outbound.send_frames
-        self.send_error = outbound.send_error
 
     def send_results(self, tickets: Sequence[Ticket], reply: Reply, slot: Slot) -> None:
         """Send together what belongs to one client and lies together in the slot."""
         if reply.numeric is None:
-            self._outbound.send_results(tickets, reply, slot)
+            alone = [each for ticket in tickets for each in ticket.split()]
+            self._outbound.send_results(alone, reply, slot)
             return
         run: list[Ticket] = []
-        client, end = None, -1
+        client, end, requests = None, -1, 0
         for ticket in tickets:
-            if ticket.start != end or ticket.client is not client:
+            requests += ticket.requests
+            if ticket.start != end or ticket.client is not client or requests > MAX_PARTS:
                 self._send_run(run, reply, slot)
                 run = []
-                client = ticket.client
+                client, requests = ticket.client, ticket.requests
             run.append(ticket)
             end = ticket.start + ticket.rows
         self._send_run(run, reply, slot)
 
     def _send_run(self, run: list[Ticket], reply: Reply, slot: Slot) -> None:
-        if len(run) > 1:
+        if len(run) > 1 or (run and run[0].requests > 1):
             self._outbound.send_bundle(run, reply, slot)
         elif run:
             self._outbound.send_results(run, reply, slot)
+
+    def send_error(self, ticket: Ticket, error: PoolError) -> None:
+        """Send the typed error that its requests end with."""
+        self._outbound.refuse_bundled(ticket.client, ticket.ids, error, ticket.route.generation.metrics)

@@ -7,7 +7,7 @@ into slots; `pool.front.replies` is the way back.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from math import ceil, inf
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -15,18 +15,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from pool.config import ModelConfig
-from pool.errors import (
-    InternalError,
-    InvalidInput,
-    Overloaded,
-    PoolError,
-    TooLarge,
-    WorkerLost,
-)
+from pool.errors import InternalError, InvalidInput, Overloaded, TooLarge, WorkerLost
 from pool.front.batcher import Batcher
-from pool.front.columns import Column, StringColumn, read_columns, read_numeric, read_rows, write_rows
-from pool.front.logs import Log
+from pool.front.columns import Column, StringColumn, read_columns, read_rows, write_rows
 from pool.front.metrics import ModelMetrics
+from pool.front.parts import Parts
+from pool.front.placing import Refused, place_parts
 from pool.front.poison import PoisonMemory
 from pool.front.replies import Join, Reply
 from pool.front.route import Route, check_input, choose_outputs
@@ -40,8 +34,6 @@ from pool.wire import PredictMeta, TensorMeta
 
 if TYPE_CHECKING:
     from pool.front.regions import Loan
-
-log = Log("pool.generation")
 
 # Distinct shapes (and output tables) remembered. Each is about a kB; a client that makes up shapes
 # without end must not grow the front.
@@ -365,106 +357,9 @@ class Generation:
                 )
             self.batcher.close(slot)  # its string heap is full: go on in the next slot
 
-    def place_all(
-        self, tickets: Sequence[Ticket], frames: Sequence[memoryview | bytes], now: float
-    ) -> list[tuple[PoolError, list[Ticket]]]:
-        """Place the requests of a bundle, one after the other: `place` for many at the price of one.
-
-        Args:
-            tickets: Of one route, batched and numeric, one client and one priority; in no slot yet.
-            frames: Tensor payloads of all their rows together, in the request's order.
-            now: Monotonic seconds.
-
-        Returns:
-            Why some were refused, and which; they are in no slot. Of a defect it is those that were not
-            placed until then.
-
-        Raises:
-            WireError: a frame's size is not what the header says; nothing was placed.
-        """
-        columns = read_numeric(tickets[0].route, sum([ticket.rows for ticket in tickets]), frames)
-        refused: list[tuple[PoolError, list[Ticket]]] = []
-        try:
-            self._place_all(tickets, columns, now, refused)
-        except Exception as e:  # whoever was placed will be answered; the others must hear of it, each
-            log.defect("cannot place a bundle")
-            seen = self._placed().union(id(ticket) for _, alike in refused for ticket in alike)
-            left = [ticket for ticket in tickets if id(ticket) not in seen]
-            if left:
-                refused.append((InternalError(f"{type(e).__name__} while handling the request"), left))
-        return refused
-
-    def _placed(self) -> set[int]:
-        """Of all tickets that wait for an answer, the `id`; of one that was split, that of the whole."""
-        tickets = [ticket for _, ticket in self.batcher.unsettled()]
-        return {id(t.sink.whole if isinstance(t.sink, Join) else t) for t in tickets}
-
-    def _place_all(
-        self,
-        tickets: Sequence[Ticket],
-        columns: Sequence[Column],
-        now: float,
-        refused: list[tuple[PoolError, list[Ticket]]],
-    ) -> None:
-        """As `place_all`, but what was refused is added to `refused`, also if this raises."""
-        route: Route = tickets[0].route
-        key, account = tickets[0].key, tickets[0].account
-        barred = self._barred(tickets, columns, now) if self.poison else {}
-        self.batcher.expect(now)
-        first = done = 0
-        count = len(tickets)
-        while first < count:
-            slot = self.batcher.open_slot(key, route.capacity)
-            room = 0 if slot is None else min(slot.capacity - slot.rows, route.inflight_rows - account.rows)
-            soonest = now + self.batcher.expected_s
-            rows, end = 0, first
-            while end < count and rows < room:  # a full slot takes no more, not even a request of no rows
-                ticket = tickets[end]
-                if rows + ticket.rows > room or ticket.deadline < soonest or end in barred:
-                    break
-                rows += ticket.rows
-                end += 1
-            if end > first:
-                assert slot is not None, "there was room"
-                memory = self.arena.slots[slot.index]
-                try:
-                    for column in columns:
-                        column.write(memory, slot.rows, done, rows)
-                except BaseException:
-                    self.batcher.abandon(slot)
-                    raise
-                self.batcher.commit_all(slot, tickets[first:end], now)
-            else:  # the next one has to be split, waits for an empty slot, or is to be refused
-                if slot is not None:
-                    self.batcher.abandon(slot)
-                ticket = tickets[first]
-                spans = [column.span(done, ticket.rows) for column in columns]
-                try:
-                    if first in barred:
-                        raise barred[first]
-                    self.place(ticket, spans, now)
-                    rows, end = ticket.rows, first + 1
-                except PoolError as e:
-                    end = self._end_of_refused(tickets, first, barred, e, now)
-                    # Its traceback holds this frame, and with it the payloads.
-                    refused.append((e.with_traceback(None), list(tickets[first:end])))
-                    rows = sum([ticket.rows for ticket in tickets[first:end]])
-            done += rows
-            first = end
-
-    def _barred(
-        self, tickets: Sequence[Ticket], columns: Sequence[Column], now: float
-    ) -> dict[int, WorkerLost]:
-        """Which requests of a bundle killed a worker before, by their place in it."""
-        barred = {}
-        done = 0
-        for i, ticket in enumerate(tickets):
-            spans = [column.span(done, ticket.rows) for column in columns]
-            refusal = self.find_poison(ticket.route, spans, now)
-            if refusal is not None:
-                barred[i] = refusal
-            done += ticket.rows
-        return barred
+    def place_all(self, parts: Parts, frames: Sequence[memoryview | bytes], now: float) -> Refused:
+        """Place the requests of a bundle; see `pool.front.placing`."""
+        return place_parts(self, parts, frames, now)
 
     def read_rows(self, slot: Slot, ticket: Ticket) -> list[bytes]:
         """A copy of a ticket's rows, as payloads in the order of the layout."""
@@ -497,28 +392,6 @@ class Generation:
     def settle_loans(self, slot: Slot) -> None:
         """Copy a batch that lies in memory of its client into its slot."""
         self.refill(slot, [(ticket, self.read_rows(slot, ticket)) for ticket in slot.tickets], slot.aside)
-
-    def _end_of_refused(
-        self, tickets: Sequence[Ticket], first: int, barred: Collection[int], error: PoolError, now: float
-    ) -> int:
-        """How far the reason reaches for which `tickets[first]` was refused.
-
-        Where there is no room there is none for more rows, and what comes too late is too late for those
-        that wait less. To look at each, and make a sentence of it, would cost an overloaded front most.
-        """
-        refused, most = tickets[first], tickets[first].route.inflight_rows
-        is_late = refused.deadline - now < self.batcher.expected_s
-        latest = refused.deadline if is_late else inf
-        end = first + 1
-        if isinstance(error, Overloaded):
-            while (
-                end < len(tickets)
-                and end not in barred
-                and refused.rows <= tickets[end].rows <= most
-                and tickets[end].deadline <= latest
-            ):
-                end += 1
-        return end
 
     def _unplace(self, join: Join | None) -> None:
         if join is not None:

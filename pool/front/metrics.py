@@ -136,7 +136,7 @@ class ModelMetrics:
         """
         if not tickets:
             return
-        count = len(tickets)
+        count = sum([ticket.requests for ticket in tickets])
         stages = self.stages
         dispatched_at = slot.dispatched_at
         turn = tickets[0].turn
@@ -145,10 +145,10 @@ class ModelMetrics:
         if tickets[-1].turn is turn:
             stages["queue"].add(dispatched_at - turn.ended, count)
             stages["total"].add(sent_at - turn.started, count)
-        elif slot.runs == 1:
+        elif slot.runs == 1 and count == len(tickets):
             stages["queue"].add_since(tickets, _ENDED, dispatched_at)
             stages["total"].add_since(tickets, _STARTED, sent_at)
-        else:  # rows that run again may have changed their order
+        else:  # few tickets for many requests; or rows that run again, which may have changed their order
             for ticket in tickets:
-                stages["queue"].add(dispatched_at - ticket.turn.ended, 1)
-                stages["total"].add(sent_at - ticket.turn.started, 1)
+                stages["queue"].add(dispatched_at - ticket.turn.ended, ticket.requests)
+                stages["total"].add(sent_at - ticket.turn.started, ticket.requests)

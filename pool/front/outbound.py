@@ -28,7 +28,7 @@ from pool.front.metrics import ModelMetrics
 from pool.front.outbox import Outbox, Tracker
 from pool.front.replies import Reply
 from pool.front.slots import Slot, Ticket
-from pool.wire import HEAD, PART, Flag, Header, Kind
+from pool.wire import HEAD, PART, PART_BYTES, Flag, Header, Kind
 
 Payload = memoryview | bytes | npt.NDArray[np.uint8]
 
@@ -177,15 +177,13 @@ class Outbound:
         first, last = tickets[0], tickets[-1]
         rows = last.start + last.rows - first.start
         header = HEAD.pack(reply.bundle_head, 0, 0, rows) + reply.meta
-        pack = PART.pack
-        table = b"".join([pack(ticket.id, 0, ticket.rows) for ticket in tickets])
+        table = b"".join([ticket.table or PART.pack(ticket.id, 0, ticket.rows) for ticket in tickets])
+        requests = len(table) // PART_BYTES
         generation = first.route.generation
-        generation.metrics.answered("OK", len(tickets))
+        generation.metrics.answered("OK", requests)
         if not access.is_off:
-            log_results(tickets, slot)
-        self._send_rows(
-            first.client, header, [table], len(tickets), generation, reply, slot, first.start, rows
-        )
+            log_results([alone for ticket in tickets for alone in ticket.split()], slot)
+        self._send_rows(first.client, header, [table], requests, generation, reply, slot, first.start, rows)
 
     def send_frames(self, ticket: Ticket, reply: Reply, frames: list[bytes]) -> None:
         """Send a result joined from several batches."""

@@ -18,6 +18,8 @@ from pool.front.execution import Execution, Value
 from pool.front.generation import Generation, retry_after_ms
 from pool.front.logs import Log
 from pool.front.metrics import Histogram, ModelMetrics
+from pool.front.parts import Parts
+from pool.front.placing import Refused
 from pool.front.replies import Reply
 from pool.front.route import Route, check_input, choose_outputs
 from pool.front.slots import LANES, Ticket
@@ -213,23 +215,20 @@ class Pipeline:
         self._check_room(ticket, now)
         Execution(self, ticket, self._pipelines).begin(route.values(ticket.rows, frames), now)
 
-    def place_all(
-        self, tickets: Sequence[Ticket], frames: Sequence[memoryview | bytes], now: float
-    ) -> list[tuple[PoolError, list[Ticket]]]:
-        """Admit the requests of a bundle; see `Generation.place_all`."""
-        columns = read_numeric(tickets[0].route, sum(ticket.rows for ticket in tickets), frames)
-        refused: list[tuple[PoolError, list[Ticket]]] = []
-        done = 0
-        for ticket in tickets:
+    def place_all(self, parts: Parts, frames: Sequence[memoryview | bytes], now: float) -> Refused:
+        """Admit the requests of a bundle, each by itself; see `Generation.place_all`."""
+        columns = read_numeric(parts.route, parts.rows, frames)
+        refused: Refused = []
+        for i in range(len(parts)):
+            ticket, start = parts.ticket(i, i + 1), parts.start(i)
             try:
-                self.place(ticket, [column.span(done, ticket.rows) for column in columns], now)
+                self.place(ticket, [column.span(start, ticket.rows) for column in columns], now)
             except PoolError as e:
                 # Its traceback holds this frame, and with it the payloads.
-                refused.append((e.with_traceback(None), [ticket]))
+                refused.append((e.with_traceback(None), [ticket.id]))
             except Exception as e:  # the others are admitted, or were
                 log.defect("cannot go on in a pipeline")
-                refused.append((InternalError(f"{type(e).__name__} while handling the request"), [ticket]))
-            done += ticket.rows
+                refused.append((InternalError(f"{type(e).__name__} while handling the request"), [ticket.id]))
         return refused
 
     def _check_room(self, ticket: Ticket, now: float) -> None:

@@ -270,13 +270,14 @@ class Serving:
                     sink.send_error(ticket, error)
 
     def _batch_raised(self, slot: Slot, tickets: list[Ticket], error: PoolError) -> None:
-        if slot.trial is None and (len(tickets) <= 1 or not self.generation.config.retry):
+        requests = sum(ticket.requests for ticket in tickets)
+        if slot.trial is None and (requests <= 1 or not self.generation.config.retry):
             refuse(tickets, error)
             self._release(slot)
             return
         self._batcher.hold(slot)
         if slot.trial is None:
-            self.trials.begin(slot, tickets, error, is_deadly=False)
+            self.trials.begin(slot, error, is_deadly=False)
         else:
             self.trials.failed(slot, error, is_deadly=False, is_own_doing=True)
 
@@ -369,7 +370,7 @@ class Serving:
         elif not end.is_own_doing and slot.runs == 1:
             self._batcher.requeue(slot)  # killed from outside: nobody is suspected yet
         else:
-            self.trials.begin(slot, tickets, lost, is_deadly=True)
+            self.trials.begin(slot, lost, is_deadly=True)
 
 
 def refuse(tickets: Iterable[Ticket], error: PoolError) -> None:

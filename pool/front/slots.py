@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from pool.front.states import SlotState
+from pool.wire import PART
 
 LANE_BITS = 2  # of a key: its priority
 LANES = 1 << LANE_BITS
@@ -44,13 +45,16 @@ class Turn:
 class Ticket(msgspec.Struct, eq=False):
     """One admitted request's place in one batch (a request split over batches has one for each).
 
+    Neighbours of a bundle that have one deadline share a ticket (`pool.front.parts`) until something happens
+    to one of them: an object each would cost the front more than all else that is done for them.
+
     The batcher reads and writes `rows`, `start`, `deadline`, `account` and `is_settled`; the rest is the
     shell's.
 
     Attributes:
         sink: Who takes the answer.
         client: The sink's name for the caller.
-        id: The sink's name for the request.
+        id: The sink's name for the request; None where there are several.
         route: What the request was resolved to.
         rows: How many rows; may be 0.
         start: Its first row in the slot, set by `commit`.
@@ -59,6 +63,8 @@ class Ticket(msgspec.Struct, eq=False):
         key: What it shares with the requests it may run with.
         account: Whose rows they are.
         is_settled: Whether it was answered already (expired or withdrawn): its rows are ballast.
+        requests: How many it stands for.
+        table: Of several: their ids and rows, as a bundle of answers names them (`docs/wire.md` 3.9).
     """
 
     sink: Any
@@ -72,6 +78,38 @@ class Ticket(msgspec.Struct, eq=False):
     account: Account
     start: int = 0
     is_settled: bool = False
+    requests: int = 1
+    table: bytes = b""
+
+    @property
+    def ids(self) -> list[Any]:
+        """Of its requests."""
+        return [id_ for id_, _, _ in PART.iter_unpack(self.table)] if self.table else [self.id]
+
+    def split(self) -> list[Ticket]:
+        """A ticket for each of its requests: itself, if there is but one."""
+        if not self.table:
+            return [self]
+        alone = []
+        start = self.start
+        for id_, _, rows in PART.iter_unpack(self.table):
+            alone.append(
+                Ticket(
+                    self.sink,
+                    self.client,
+                    id_,
+                    self.route,
+                    rows,
+                    self.deadline,
+                    self.turn,
+                    self.key,
+                    self.account,
+                    start,
+                    self.is_settled,
+                )
+            )
+            start += rows
+        return alone
 
 
 class Slot:
@@ -175,6 +213,10 @@ class Slot:
     def layout(self) -> int:
         """The number of its layout."""
         return self.key >> LANE_BITS
+
+    def split(self) -> None:
+        """Give each of its requests a ticket of its own, for something happens to one of them."""
+        self.tickets = [alone for ticket in self.tickets for alone in ticket.split()]
 
     def everyone(self) -> Iterator[Ticket]:
         """Its tickets, those set aside included."""

@@ -69,8 +69,10 @@ class Trials:
         self.blamed = 0
         self.runs = 0
 
-    def begin(self, slot: Slot, tickets: list[Ticket], error: PoolError, is_deadly: bool) -> None:
-        """A batch failed: `slot` is HELD, and holds the rows of `tickets`."""
+    def begin(self, slot: Slot, error: PoolError, is_deadly: bool) -> None:
+        """A batch failed: `slot` is HELD, and holds the rows of its tickets."""
+        slot.split()
+        tickets = [ticket for ticket in slot.tickets if not ticket.is_settled]
         rows = {id(ticket): self._generation.read_rows(slot, ticket) for ticket in tickets}
         slot.trial = Trial(tickets, rows, error)
         slot.trial.is_deadly = is_deadly

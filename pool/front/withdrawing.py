@@ -37,6 +37,8 @@ def withdraw(engine: Engine, cancelled: Mapping[Client, Collection[object]]) -> 
             return False  # not an endpoint's
         return client.is_gone or request.id in cancelled.get(client, ())
 
+    if cancelled:
+        split_cancelled(engine, cancelled)
     for slot, part in engine.unsettled():
         compound = part.sink if isinstance(part.sink, Compound) else None
         request = part if compound is None else compound.whole
@@ -55,5 +57,16 @@ def withdraw(engine: Engine, cancelled: Mapping[Client, Collection[object]]) -> 
         compound.withdraw()
     gone = [request for request in requests if request.client.is_gone]
     for request in gone:  # nobody to answer, but whoever counts answers is to miss none
-        request.route.generation.metrics.answered(Cancelled.code)
+        request.route.generation.metrics.answered(Cancelled.code, request.requests)
     return [request for request in requests if not request.client.is_gone]
+
+
+def split_cancelled(engine: Engine, cancelled: Mapping[Client, Collection[object]]) -> None:
+    """Give tickets of their own to cancelled requests, and so to those they share one with."""
+    found = [
+        slot
+        for slot, ticket in engine.unsettled()
+        if ticket.requests > 1 and not set(cancelled.get(ticket.client, ())).isdisjoint(ticket.ids)
+    ]
+    for slot in {slot.index: slot for slot in found}.values():
+        slot.split()
