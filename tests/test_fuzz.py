@@ -64,7 +64,7 @@ def decode_request(frames):
     if header.kind is Kind.PREDICT:
         meta = wire.decode_meta(PredictMeta, header.meta)
         if header.flags & Flag.BUNDLE:
-            wire.split_parts(tensors[0] if tensors else b"", header.rows)
+            wire.read_parts(tensors[0] if tensors else b"", header.rows)
             tensors = tensors[1:]
         for tensor, payload in zip(meta.inputs, tensors, strict=False):
             wire.decode_tensor(payload, tensor.dtype, (header.rows, *tensor.shape))

@@ -25,13 +25,16 @@ def make_turns(steps):
     return turns
 
 
-def make_slot(turns, sizes, runs=1):
-    """A batch whose requests came in these turns, so many in each."""
+def make_slot(turns, sizes, runs=1, is_shared=False):
+    """A batch whose requests came in these turns, so many in each: alone, or sharing a ticket."""
     slot = Slot(0)
     slot.runs, slot.closed_by = runs, "full"
     for turn, size in zip(turns, sizes, strict=True):
-        slot.tickets += [Ticket(None, None, 0, None, 1, inf, turn, 0, Account()) for _ in range(size)]
-    slot.rows = len(slot.tickets)
+        requests = size if is_shared else 1
+        for _ in range(size // requests):
+            ticket = Ticket(None, None, 0, None, requests, inf, turn, 0, Account(), requests=requests)
+            slot.tickets.append(ticket)
+    slot.rows = sum(sizes)
     return slot
 
 
@@ -58,18 +61,20 @@ def test_a_bound_belongs_to_the_bucket_it_ends():
     GAPS,
     GAPS,
     st.sampled_from([1, 2]),
+    st.booleans(),
 )
-def test_every_request_of_a_batch_is_counted_where_it_belongs(steps, waited, ran, replied, runs):
+def test_every_request_of_a_batch_is_counted_where_it_belongs(steps, waited, ran, replied, runs, is_shared):
     turns = make_turns([step[:2] for step in steps])
-    slot = make_slot(turns, [step[2] for step in steps], runs)
+    slot = make_slot(turns, [step[2] for step in steps], runs, is_shared)
     slot.dispatched_at = turns[-1].ended + waited
     answered = slot.dispatched_at + ran
     sent = answered + replied
     metrics = ModelMetrics()
     metrics.batch_answered(slot)
     metrics.replies_sent(slot, slot.tickets, answered, sent)
-    queue = [slot.dispatched_at - ticket.turn.ended for ticket in slot.tickets]
-    total = [sent - ticket.turn.started for ticket in slot.tickets]
+    came = [turn for turn, step in zip(turns, steps, strict=True) for _ in range(step[2])]
+    queue = [slot.dispatched_at - turn.ended for turn in came]
+    total = [sent - turn.started for turn in came]
     for stage, durations in (
         ("queue", queue),
         ("run", [answered - slot.dispatched_at] * slot.rows),

@@ -122,6 +122,26 @@ def test_requests_of_a_bundle_are_cancelled_one_by_one(client, raw):
     assert kinds(raw.collect(5)) == dict.fromkeys([running, mine[0], *mine[3:]], list)
 
 
+def test_a_request_of_a_bundle_that_runs_is_cancelled_alone(client, raw):
+    with stopped_worker(client):
+        mine = [next(ids) for _ in range(4)]
+        raw.send(drill_bundle("m", [(id_, 0, 1) for id_ in mine]))
+        raw.send_kind(Kind.CANCEL, mine[2])
+        assert kinds(raw.collect(1)) == {mine[2]: errors.Cancelled}
+    assert kinds(raw.collect(3)) == dict.fromkeys([*mine[:2], mine[3]], list)
+
+
+def test_requests_of_a_bundle_expire_each_at_its_own_time(client, raw):
+    with stopped_worker(client):
+        mine = [next(ids) for _ in range(6)]
+        millis = [0, 40, 40, 0, 40, 0]  # over two slots
+        raw.send(drill_bundle("m", [(id_, each, 1) for id_, each in zip(mine, millis, strict=True)]))
+        late = [id_ for id_, each in zip(mine, millis, strict=True) if each]
+        assert kinds(raw.collect(3)) == dict.fromkeys(late, errors.DeadlineExceeded)
+        assert queue_rows(client) <= 2
+    assert kinds(raw.collect(3)) == dict.fromkeys(set(mine).difference(late), list)
+
+
 def test_only_its_own_client_cancels_a_request(server, client, raw):
     with stopped_worker(client), Raw(server.endpoint) as other:
         mine, others = [raw.send(drill("m")) for _ in range(2)], other.send(drill("m"))

@@ -200,7 +200,7 @@ class Serving:
         self._batcher.worker_lost(worker.id)
 
     def worker_answered(self, worker: Worker, message: Message) -> None:
-        """A batch came back: first keep the worker busy, then send the answers."""
+        """A batch came back: keep the worker busy, if anything waits for it, and send the answers."""
         slot = worker.slot
         if slot is None or slot.index != message.slot or slot.generation != message.generation:
             model = self.generation.model
@@ -212,15 +212,18 @@ class Serving:
             began = self.generation.arena.read_began_s(slot.index)
             slot.dispatched_at = min(max(began, slot.given_at), slot.dispatched_at)
         tickets = self._batcher.finish(slot, now)
-        self.replicas.finished(worker, now)
         self.running -= 1
-        if worker.role == "serving" and worker.state in (WorkerState.READY, WorkerState.BUSY):
-            self._batcher.worker_ready(worker.id)
-        if self._batcher.has_queue:
-            self._dispatch(now)
+        is_wanted = self._batcher.has_queue
+        if is_wanted:
+            self._go_on(worker, now)
+        try:
+            if message.kind == Ring.DONE:
+                self._deliver(slot, tickets)
+        finally:
+            if not is_wanted:
+                self._go_on(worker, now)
         self._host.came(Event.ANSWER, now)
         if message.kind == Ring.DONE:
-            self._deliver(slot, tickets)
             self.generation.metrics.batch_answered(slot)
             self.generation.metrics.replies_sent(slot, tickets, now, time.monotonic())
             if slot.trial is not None:
@@ -234,6 +237,14 @@ class Serving:
         if worker.role == "quarantine":
             self.trials.feed()
         self.advance(now)
+
+    def _go_on(self, worker: Worker, now: float) -> None:
+        """A worker is done with a batch: give it another."""
+        self.replicas.finished(worker, now)
+        if worker.role == "serving" and worker.state in (WorkerState.READY, WorkerState.BUSY):
+            self._batcher.worker_ready(worker.id)
+        if self._batcher.has_queue:
+            self._dispatch(now)
 
     def _deliver(self, slot: Slot, tickets: list[Ticket]) -> None:
         # Most batches hold requests of one kind for one sink: one call then sends them all.
