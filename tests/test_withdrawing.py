@@ -181,7 +181,8 @@ def test_requests_run_by_their_priority_alone_and_in_bundles(client, raw):
         raw.send(drill_bundle("one", [(bundled, 0, 1)], priority=1))
         rows = raw.send(drill("one", rows=2, priority=1))  # split, the slow way
         urgent = raw.send(drill("one", priority=0))
-        raw.question(Kind.LIVE)
+        raw.question(Kind.LIVE)  # is answered as soon as it is read,
+        client.live()  # and this when the batches, too, are where they belong
     assert list(raw.collect(6)) == [first, urgent, bundled, rows, unsaid, last]
 
 

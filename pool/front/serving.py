@@ -119,7 +119,8 @@ class Serving:
 
     def advance(self, now: float) -> None:
         """Start what can start."""
-        self._dispatch(now)
+        if self._batcher.has_queue:
+            self._dispatch(now)
         self._host.advanced(self, now)
 
     def _dispatch(self, now: float) -> None:
