@@ -173,6 +173,26 @@ def test_replies_of_a_bundle_come_apart():
     assert alone.id == 1
 
 
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=6) | st.integers(0, 3).map(lambda each: [each] * 4))
+def test_each_reply_of_a_bundle_has_its_own_rows(counts):
+    total = sum(counts)
+    table = b"".join(wire.PART.pack(id_, 0, count) for id_, count in enumerate(counts, 1))
+    y = np.arange(total * 2, dtype=np.int64).reshape(total, 2)
+    z = np.arange(total, dtype=np.float32)
+    meta = wire.encode_meta(ResultMeta(1, (TensorMeta("y", "int64", (2,)), TensorMeta("z", "float32", ()))))
+    header = wire.encode_header(Header(Kind.RESULT, 0, meta, rows=total, flags=Flag.BUNDLE))
+    replies = ReplyDecoder().receive_all([header, table, y.tobytes(), z.tobytes()])
+    start = 0
+    for id_, (count, reply) in enumerate(zip(counts, replies, strict=True), 1):
+        assert reply.id == id_
+        outputs = reply.take_outputs()
+        assert list(outputs) == ["y", "z"]
+        for name, whole in (("y", y), ("z", z)):
+            np.testing.assert_array_equal(outputs[name], whole[start : start + count], strict=True)
+            assert outputs[name].flags.writeable
+        start += count
+
+
 def test_requests_refused_together_have_an_error_each():
     first, second = ReplyDecoder().receive_all(documented_messages()["ERROR bundle"])
     assert (first.id, second.id) == (3, 4)

@@ -6,8 +6,9 @@ earlier one costs a look-up and one copy for each output.
 
 from __future__ import annotations
 
+import itertools
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -157,16 +158,12 @@ class ReplyDecoder:
         except WireError as e:
             return [Reply(id_, error=e) for id_, _, _ in parts]
         is_sliced = sum(array.nbytes for array in outputs.values()) <= SLICED_BYTES
-        replies = []
-        start = 0
-        for id_, _, rows in parts:
-            end = start + rows
-            mine = {name: array[start:end] for name, array in outputs.items()}
-            if not is_sliced:
-                mine = {name: array.copy() for name, array in mine.items()}
-            replies.append(Reply(id_, mine))
-            start = end
-        return replies
+        ids, _, rows = zip(*parts, strict=True)
+        shares: list[dict[str, Array]] = [{} for _ in parts]
+        for name, array in outputs.items():
+            for share, piece in zip(shares, cut(array, rows), strict=True):
+                share[name] = piece if is_sliced else piece.copy()
+        return list(map(Reply, ids, shares))
 
 
 def read_flag(document: dict[str, Any], flag: str) -> bool:
@@ -213,6 +210,14 @@ def make_plan(header: wire.Header) -> Plan:
             size = wire.tensor_bytes(tensor.dtype, shape)
             plan.append((tensor.name, numpy_dtype(tensor.dtype), shape, size))
     return tuple(plan)
+
+
+def cut(array: Array, rows: Sequence[int]) -> Iterable[Array]:
+    """Views of so many rows each, one behind the other, which are all rows of the array."""
+    if rows.count(rows[0]) == len(rows):  # to step through an axis costs half of what slices do
+        return array.reshape(len(rows), rows[0], *array.shape[1:])
+    ends = list(itertools.accumulate(rows))
+    return [array[end - count : end] for end, count in zip(ends, rows, strict=True)]
 
 
 def decode_outputs(plan: Plan, frames: Sequence[Frame]) -> dict[str, Array]:
