@@ -128,10 +128,10 @@ def test_closing_a_connection_disturbs_no_other(directory, context):
             with contextlib.closing(Dial(context, Preference(names), None, 0.0)) as dial:
                 while (connection := dial.take(0.0)) is None:
                     zmq.zmq_poll([(each.monitor, zmq.POLLIN) for each in dial.connections], -1)
-            id_, frames = core.live_request()
-            connection.send(frames)
+            request = core.live_request()
+            connection.send(request.message())
             assert connection.socket.poll(30_000)
-            assert core.receive(connection.receive()).id == id_
+            assert core.receive(connection.receive()).id == request.id
             connection.close()
 
 

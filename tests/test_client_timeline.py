@@ -102,8 +102,8 @@ def core():
 def test_a_request_asks_for_it(priority, flags):
     known = core()
     for _ in range(2):  # the second one takes the short way
-        _, frames = known.request("m", np.zeros((1, 3), np.float32), priority=priority, timeline=True)
-        header = wire.decode_header(frames[0])
+        request = known.request("m", np.zeros((1, 3), np.float32), priority=priority, timeline=True)
+        header = wire.decode_header(request.message()[0])
         assert (header.flags, header.priority) == (flags, priority or 0)
 
 

@@ -100,7 +100,7 @@ def load(
         places = (first + np.arange(rows)) % len(x)
         requests = [core.request("model", x[place : place + 1]) for place in places]
         ((frames, _),) = core.bundle([request for request in requests if request])
-        made.append((talk.ready(frames), [request[0] for request in requests if request], y[places]))
+        made.append((talk.ready(frames), [request.id for request in requests if request], y[places]))
     to_send, to_come = itertools.cycle(made), itertools.cycle(made)
     send, skip, clock = talk.send, talk.skip, time.monotonic
 

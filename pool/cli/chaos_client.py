@@ -285,7 +285,7 @@ class RawPlayer(Player):
         self._lost: set[int] = set()
         connection = self._connect()
         try:
-            connection.send(self._core.signature_request(task.model)[1])
+            connection.send(self._core.signature_request(task.model).message())
             message = connection.receive_within(task.patience_s)
             if message is None:
                 raise Unavailable(f"{task.endpoint} does not tell the signature of model {task.model!r}")
@@ -327,7 +327,7 @@ class RawPlayer(Player):
             inputs = self.questions.next()
             request = self._core.request(task.model, inputs, timeout_ms=int(task.patience_s * 1e3))
             assert request is not None, "the signature was learnt"
-            self._under_way[request[0]] = inputs, now
+            self._under_way[request.id] = inputs, now
             requests.append(request)
         for frames, _ in self._core.bundle(requests):
             connection.send(frames)

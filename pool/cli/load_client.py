@@ -7,17 +7,21 @@ waits for another line. Then it runs, printing `{"done": n}` now and then, and e
 `Result` followed by its `Answers`: two float64 per answered request, in native order, first all latencies. A
 failure before that is the line `{"code": ..., "message": ...}`.
 
-The work per request is a client's own, done by the same core as `pool.Client`: a header is made, the answer
-decoded into arrays. Only the inputs are checked and encoded once, beforehand: they repeat.
+The work per request is a client's own, done by the same core as `pool.Client`: a request is made and joined
+with others, the answer decoded into arrays. Only the inputs are checked and encoded once, beforehand: they
+repeat.
 """
 
 from __future__ import annotations
 
+import bisect
 import gc
+import itertools
 import math
 import select
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +31,8 @@ import numpy.typing as npt
 import zmq
 
 from pool.client.connection import Connection
-from pool.client.core import ClientCore, Reply, Request
+from pool.client.core import ClientCore, Reply, Request, timeout_to_ms
 from pool.client.curve import keys_of
-from pool.client.route import Frame
 from pool.errors import DeadlineExceeded, InvalidInput, PoolError, Unavailable
 from pool.sample import Recipe, sample_inputs
 from pool.signature import Signature
@@ -42,8 +45,6 @@ Answers = npt.NDArray[np.float64]
 
 VARIANTS = 16  # different inputs a client makes up, sent in turn
 FILE_VARIANTS = 256  # different inputs it cuts from a file at most
-# Of a request's id in the header, and of its timeout behind it (`docs/wire.md` 2).
-ID_START, ID_END, TIMEOUT_END = 8, 16, 20
 BURST = 64  # sent, or taken, before looking at the other side
 TELL_S = 0.1  # between two lines about the progress
 
@@ -143,12 +144,6 @@ def instants(rate: float, count: int, seed: int) -> npt.NDArray[np.float64]:
     return np.cumsum(np.random.default_rng(seed).exponential(1 / rate, count))
 
 
-def timeout_field(remaining_s: float | None) -> bytes:
-    """A header's timeout: whole milliseconds, at least 1; 0 for none."""
-    remaining_ms = 0 if remaining_s is None else max(1, int(remaining_s * 1e3))
-    return remaining_ms.to_bytes(TIMEOUT_END - ID_END, "little")
-
-
 class LoadClient:
     """The connection, the requests under way, and the times taken.
 
@@ -164,8 +159,7 @@ class LoadClient:
         self._context.setsockopt(zmq.SNDHWM, 0)
         self._context.setsockopt(zmq.RCVHWM, 0)
         self._connection = Connection(self._context, task.endpoint, keys_of(task.server_key, task.secret_key))
-        # Of each input: its message before the request's id and after its timeout, and its tensors.
-        self._messages: list[tuple[bytes, bytes, list[Frame]]] = []
+        self._prepared: list[Request] = []  # of each input; sent again and again under other ids
         self._latencies_s: list[float] = []
         self._answered_s: list[float] = []
         self._errors: dict[str, int] = {}
@@ -199,13 +193,12 @@ class LoadClient:
         for inputs in make_inputs(task, signature):
             request = self._core.request(task.model, inputs)
             assert request is not None, "the signature was learnt"
-            if len(self._messages) < VARIANTS:
+            if len(self._prepared) < VARIANTS:
                 self._call(request).take_outputs()
-            header, *tensors = request[1]
-            self._messages.append((header[:ID_START], header[TIMEOUT_END:], tensors))
+            self._prepared.append(request)
 
     def _call(self, request: Request) -> Reply:
-        self._connection.send(request[1])
+        self._connection.send(request.message())
         message = self._connection.receive_within(self._task.timeout_s)
         if message is None:
             raise DeadlineExceeded(f"no answer from {self._task.endpoint} within {self._task.timeout_s:g} s")
@@ -250,9 +243,12 @@ class LoadClient:
         if task.rate is not None:
             due_s = (started_s + instants(task.rate, total, task.seed)).tolist()
         begun_s: list[float] = [] if due_s is None else due_s  # what latencies are counted from
-        messages, variants = self._messages, len(self._messages)
+        variants = itertools.cycle(
+            [(each.head, each.rows, each.pattern, each.tensors) for each in self._prepared]
+        )
         send, clock = self._connection.send, time.monotonic
-        timeout = timeout_field(task.patience_s)
+        patience_s = math.inf if task.patience_s is None else task.patience_s
+        millis = timeout_to_ms(patience_s)
         sent = 0
         heard_s = started_s
         has_waited = False
@@ -260,17 +256,19 @@ class LoadClient:
             now = clock()
             limit = min(total, self._done + window)
             stop = min(limit, sent + BURST)
-            due: list[Request] = []
-            while sent < stop and (due_s is None or due_s[sent] <= now):
-                head, rest, tensors = messages[sent % variants]
-                if task.patience_s is not None and due_s is not None:
-                    timeout = timeout_field(due_s[sent] + task.patience_s - now)
-                due.append((sent, [head + sent.to_bytes(8, "little") + timeout + rest, *tensors]))
-                sent += 1
+            end = stop if due_s is None else bisect.bisect_right(due_s, now, sent, stop)
+            due = [
+                Request(id_, head, millis, rows, pattern, tensors)
+                for id_, (head, rows, pattern, tensors) in zip(range(sent, end), variants, strict=False)
+            ]
             if due_s is None:
                 begun_s += [now] * len(due)
+            elif task.patience_s is not None:
+                for request in due:
+                    request.millis = timeout_to_ms(due_s[request.id] + patience_s - now)
             for frames, _ in self._core.bundle(due):
                 send(frames)
+            sent = end
             if self._take(begun_s):
                 heard_s = clock()
                 has_waited = False
@@ -301,14 +299,11 @@ class LoadClient:
                 replies = decode(receive())
                 count += len(replies)
                 now = clock()
-                for reply in replies:
-                    if reply.outputs is not None:
-                        latencies_s.append(now - begun_s[reply.id])
-                        answered_s.append(now)
-                    else:
-                        assert reply.error is not None
-                        code = reply.error.code
-                        self._errors[code] = self._errors.get(code, 0) + 1
+                taken_s = [now - begun_s[reply.id] for reply in replies if reply.error is None]
+                latencies_s += taken_s
+                answered_s += [now] * len(taken_s)
+                if len(taken_s) < len(replies):
+                    self._count_errors(replies)
         except zmq.Again:
             pass
         self._done += count
@@ -316,6 +311,12 @@ class LoadClient:
             self._next_tell_s = clock() + TELL_S
             tell({"done": self._done})
         return count
+
+    def _count_errors(self, replies: Sequence[Reply]) -> None:
+        for reply in replies:
+            if reply.error is not None:
+                code = reply.error.code
+                self._errors[code] = self._errors.get(code, 0) + 1
 
     def _wait(self, until_s: float) -> None:
         """Wait for news or that instant."""

@@ -4,8 +4,8 @@ Both shells and `pool bench` drive it the same way:
 
     while (request := core.request(model, inputs)) is None:     # the signature is not known yet
         send core.signature_request(model); core.learn(model, None, reply.document)
-    id, frames = request                                        # one multipart message to send
-    reply = core.receive(received_frames)                       # reply.id tells whose it is
+    send request.message()                                      # one multipart message
+    reply = core.receive(received_frames)                       # reply.id tells whose: request.id
 
 Many requests that are to be sent at once cost a fraction each when they travel together:
 
@@ -13,10 +13,10 @@ Many requests that are to be sent at once cost a fraction each when they travel 
     for reply in core.receive_all(received_frames):             # a message may hold many replies
 
 What is alike between requests is worked out once: a `Route` per (model, version, signature, outputs)
-holds the checked signature and, per row shape, the finished msgpack part of the header (`reply` does
-the like for replies). A request that repeats an earlier one's shape costs two look-ups, one `pack` and
-one copy. Every cache is bounded and safe to share between threads (each step is a single dict
-operation; a lost update is only worked out again).
+holds the checked signature and, per row shape, a `Pattern` with the finished msgpack part of the header
+(`reply` does the like for replies). A request that repeats an earlier one's shape costs two look-ups and
+one copy; its header is made when it is known whether it travels alone. Every cache is bounded and safe to
+share between threads (each step is a single dict operation; a lost update is only worked out again).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pool import wire
 from pool.client.conversion import Cast, check_cast
 from pool.client.reply import Reply as Reply
 from pool.client.reply import ReplyDecoder
-from pool.client.route import COPY_BYTES, Frame, Route, remember
+from pool.client.route import COPY_BYTES, Frame, Pattern, Route, remember
 from pool.errors import (
     DeadlineExceeded,
     InvalidInput,
@@ -46,8 +46,6 @@ from pool.errors import (
 )
 from pool.signature import DTYPES, Signature, choose_signature
 from pool.wire import Flag, Kind, SignatureMeta
-
-Request = tuple[int, list[Frame]]
 
 _PREDICT_HEAD = wire.head(Kind.PREDICT)
 _PRIORITY_HEADS = tuple(
@@ -71,11 +69,34 @@ _TIMELINE_HEADS = {
 _CANCEL_HEAD = wire.head(Kind.CANCEL)
 _NO_LIMIT = 0xFFFF_FFFF  # of the wire's 32-bit milliseconds
 
-# Most payload of a bundle: more does not make a request cheaper, and keeps the server waiting for it.
-_BUNDLE_BYTES = 262_144
+_ALONE = Pattern(b"", None, 0)  # no request's
 
-_pack = wire.HEAD.pack
+_pack, _pack_part = wire.HEAD.pack, wire.PART.pack
 _ndarray = np.ndarray  # one look-up instead of two, for each request
+
+
+class Request(msgspec.Struct, gc=False):
+    """One request, checked and encoded.
+
+    Attributes:
+        id: By which its reply is known.
+        head: The first eight bytes of its header; the same object for all requests with the same.
+        millis: Its header's timeout.
+        rows: Its header's rows.
+        pattern: What it shares with others, the rest of its header among it.
+        tensors: Its payloads.
+    """
+
+    id: int
+    head: bytes
+    millis: int
+    rows: int
+    pattern: Pattern
+    tensors: list[Frame]
+
+    def message(self) -> list[Frame]:
+        """The frames of its message, if it travels alone."""
+        return [_pack(self.head, self.id, self.millis, self.rows) + self.pattern.meta, *self.tensors]
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
@@ -120,8 +141,6 @@ class ClientCore(ReplyDecoder):
         self._ids = itertools.count(1)
         self._infos: dict[tuple[str, int | None], ModelInfo] = {}
         self._routes: dict[tuple[str, int | None, str | None, tuple[str, ...] | None], Route] = {}
-        # Metas of requests that may travel in bundles, and the bytes a bundle of them may have.
-        self._joinable: dict[bytes, int] = {}
 
     # -- requests ----------------------------------------------------------------------------------
 
@@ -152,8 +171,8 @@ class ClientCore(ReplyDecoder):
             timeline: Whether the reply is to tell its time line.
 
         Returns:
-            The request's id and the frames of its message; None if the signature has to be learnt
-            first. Frames over `COPY_BYTES` alias the caller's arrays.
+            The request; None if the signature has to be learnt first. Tensors over `COPY_BYTES` alias
+            the caller's arrays.
 
         Raises:
             InvalidInput: a name, dtype, rank, shape, row count or the priority is wrong; TooLarge if too
@@ -173,26 +192,22 @@ class ClientCore(ReplyDecoder):
             array = array.get(route.sole_name)
         if type(array) is _ndarray and array.dtype is route.sole_dtype:
             shape = array.shape
-            meta = route.metas.get(shape[1:])
-            if meta is not None and shape and shape[0] <= route.max_rows and array.nbytes <= COPY_BYTES:
+            pattern = route.patterns.get(shape[1:])
+            if pattern is not None and shape and shape[0] <= route.max_rows and array.nbytes <= COPY_BYTES:
                 head = _PREDICT_HEAD if priority is None else _PRIORITY_HEADS[check_priority(priority)]
                 if timeline:
                     head = _TIMELINE_HEADS[head]
-                id_ = next(self._ids)
-                return id_, [_pack(head, id_, timeout_ms, shape[0]) + meta, array.tobytes()]
+                return Request(next(self._ids), head, timeout_ms, shape[0], pattern, [array.tobytes()])
         allowed = self._cast if cast is None else check_cast(cast)
         try:
-            rows, meta, frames = route.encode(inputs, allowed)
+            rows, pattern, tensors = route.encode(inputs, allowed)
         except InvalidInput:
             self.forget(model)
             raise
-        if route.is_joinable:
-            remember(self._joinable, meta, min(_BUNDLE_BYTES, route.max_frame_bytes))
         head = _PREDICT_HEAD if priority is None else _PRIORITY_HEADS[check_priority(priority)]
         if timeline:
             head = _TIMELINE_HEADS[head]
-        id_ = next(self._ids)
-        return id_, [_pack(head, id_, timeout_ms, rows) + meta, *frames]
+        return Request(next(self._ids), head, timeout_ms, rows, pattern, tensors)
 
     def bundle(self, requests: Sequence[Request]) -> Iterator[tuple[list[Frame], int]]:
         """Messages that carry these requests, in order: neighbours that are alike travel together.
@@ -204,30 +219,29 @@ class ClientCore(ReplyDecoder):
             The frames of one message (`docs/wire.md` 3.9 if it carries several), and how many of the
             requests it carries.
         """
-        first, count = 0, len(requests)
-        while first < count:
-            header, *tensors = requests[first][1]
-            head, meta = header[: wire.HEAD_BYTES], header[wire.FIXED_BYTES :]
-            end = first + 1
-            size = sum(map(len, tensors))
-            room = self._joinable.get(meta)
-            if room is not None and size <= COPY_BYTES and head in _BUNDLE_HEADS:
-                most = min(count, first + wire.MAX_PARTS)
-                while end < most:
-                    frames = requests[end][1]
-                    other = frames[0]
-                    if other[: wire.HEAD_BYTES] != head or other[wire.FIXED_BYTES :] != meta:
-                        break
-                    added = sum(map(len, frames)) - len(other)
-                    if added > COPY_BYTES or size + added > room:
-                        break
-                    size += added
-                    end += 1
-            if end == first + 1:
-                yield requests[first][1], 1
-            else:
-                yield _join([frames for _, frames in requests[first:end]], head, meta), end - first
-            first = end
+        run: list[Request] = []  # alike so far, and few enough
+        rows = 0
+        head, pattern = b"", _ALONE
+        for request in requests:
+            added = request.rows
+            rows += added
+            if (
+                request.pattern is not pattern
+                or request.head is not head
+                or rows > pattern.bundle_rows
+                or added > pattern.most_rows
+                or len(run) == wire.MAX_PARTS
+            ):
+                if run:
+                    yield _message(run), len(run)
+                run = []
+                rows = added
+                head = request.head
+                can_be_joined = added <= request.pattern.most_rows and head in _BUNDLE_HEADS
+                pattern = request.pattern if can_be_joined else _ALONE
+            run.append(request)
+        if run:
+            yield _message(run), len(run)
 
     def signature_request(self, model: str, version: int | None = None) -> Request:
         """Ask what a model takes and gives; its INFO reply is for `learn`.
@@ -258,8 +272,7 @@ class ClientCore(ReplyDecoder):
         return [_pack(_CANCEL_HEAD, id_, 0, 0)]
 
     def _plain_request(self, kind: Kind, meta: bytes = b"") -> Request:
-        id_ = next(self._ids)
-        return id_, [_pack(wire.head(kind), id_, 0, 0) + meta]
+        return Request(next(self._ids), wire.head(kind), 0, 0, Pattern(meta, None, 0), [])
 
     # -- signatures --------------------------------------------------------------------------------
 
@@ -344,12 +357,15 @@ def check_priority(priority: int) -> int:
     return priority
 
 
-def _join(messages: list[list[Frame]], head: bytes, meta: bytes) -> list[Frame]:
-    """One message for requests that share kind, priority and meta."""
-    table = b"".join([message[0][wire.HEAD_BYTES : wire.FIXED_BYTES] for message in messages])
-    rows = sum([part[2] for part in wire.PART.iter_unpack(table)])
-    columns = zip(*[message[1:] for message in messages], strict=True)
-    return [_pack(_BUNDLE_HEADS[head], 0, 0, rows) + meta, table, *map(b"".join, columns)]
+def _message(requests: list[Request]) -> list[Frame]:
+    """One message for requests that share head and pattern."""
+    first = requests[0]
+    if len(requests) == 1:
+        return first.message()
+    table = b"".join([_pack_part(request.id, request.millis, request.rows) for request in requests])
+    rows = sum([request.rows for request in requests])
+    columns = zip(*[request.tensors for request in requests], strict=True)
+    return [_pack(_BUNDLE_HEADS[first.head], 0, 0, rows) + first.pattern.meta, table, *map(b"".join, columns)]
 
 
 def check_timeout(timeout: float) -> float:

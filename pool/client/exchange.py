@@ -96,7 +96,7 @@ class Exchange:
             Cancelled: the client is closed.
         """
         loop = self.running_loop()
-        id_ = request[0]
+        id_ = request.id
         future: asyncio.Future[Reply] = loop.create_future()
         self._pending[id_] = future
         if deadline != math.inf:
@@ -170,7 +170,7 @@ class Exchange:
             self._answer(Reply(id_, error=error_from_code(error.code, error.message)))
 
     def _fail_unsent(self, error: PoolError) -> None:
-        ids = [request[0] for request in self._unsent]
+        ids = [request.id for request in self._unsent]
         self._unsent.clear()
         self._fail(ids, error)
 
@@ -188,11 +188,11 @@ class Exchange:
         pending = self._pending
         wanted: list[Request] = []
         for request in self._unsent:
-            future = pending.get(request[0])
+            future = pending.get(request.id)
             if future is None:
                 continue
             if future.done():  # cancelled, but its task has not run yet
-                del pending[request[0]]
+                del pending[request.id]
             else:
                 wanted.append(request)
         self._unsent.clear()
@@ -217,7 +217,7 @@ class Exchange:
         """Tell the servers which of their requests nobody waits for any more, as far as they take it now."""
         if not self._withdrawn:
             return
-        unsent = {request[0] for request in self._unsent}
+        unsent = {request.id for request in self._unsent}
         withdrawn = [id_ for id_ in self._withdrawn if id_ not in unsent]
         self._withdrawn.clear()
         for id_ in withdrawn:
@@ -378,7 +378,7 @@ class Exchange:
                 self._start_dial()
 
     def _retire(self, connection: Connection) -> None:
-        owed = self._pending.keys() - {request[0] for request in self._unsent}
+        owed = self._pending.keys() - {request.id for request in self._unsent}
         self._retired[connection] = owed.difference(*self._retired.values())
         self._connection = None
 

@@ -23,6 +23,9 @@ COPY_BYTES = 16_384
 
 NO_LIMIT = 0xFFFF_FFFF  # of rows: as many as the wire can count
 
+# Most payload of a bundle: more does not make a request cheaper, and keeps the server waiting for it.
+_BUNDLE_BYTES = 262_144
+
 # Of each cache of a client. A caller with more distinct shapes than this has them worked out again.
 _CACHE_ENTRIES = 4_096
 
@@ -30,8 +33,33 @@ Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 
+class Pattern:
+    """What a route's requests share if their rows have the same shapes; one object for all of them.
+
+    Args:
+        meta: The msgpack part of their headers.
+        row_bytes: Of one row in all inputs together; None if they cannot travel in bundles.
+        max_frame_bytes: As the route's.
+
+    Attributes:
+        meta: As given.
+        most_rows: Of a request in a bundle; -1 if none can be in one.
+        bundle_rows: Most rows of a bundle.
+    """
+
+    __slots__ = ("bundle_rows", "meta", "most_rows")
+
+    def __init__(self, meta: bytes, row_bytes: int | None, max_frame_bytes: int) -> None:
+        self.meta = meta
+        self.most_rows, self.bundle_rows = -1, 0
+        if row_bytes is not None:
+            row_bytes = max(1, row_bytes)  # rows of nothing are still to be counted
+            self.most_rows = COPY_BYTES // row_bytes
+            self.bundle_rows = min(_BUNDLE_BYTES, max_frame_bytes) // row_bytes
+
+
 class Route:
-    """A model's signature and the outputs wanted, with the finished metas of every row shape seen.
+    """A model's signature and the outputs wanted, with the finished patterns of every row shape seen.
 
     Args:
         model: As the request names it.
@@ -45,22 +73,20 @@ class Route:
         InvalidInput: `outputs` names none, an unknown one, or one twice.
 
     Attributes:
-        metas: Row shapes of all inputs (whole shapes where the signature is not batched) to meta
-            bytes. An entry means that those shapes were checked. With a sole input that one's row
-            shape alone is the key.
+        patterns: By row shapes of all inputs (whole shapes where the signature is not batched). An
+            entry means that those shapes were checked. With a sole input that one's row shape alone is
+            the key.
         sole_name: Name of the sole input of a batched signature, if its items have a fixed size: the
             case the core has a fast path for.
         sole_dtype: Its dtype, or None.
-        is_joinable: Whether requests may travel in bundles: rows of a fixed size that can be counted.
     """
 
     __slots__ = (
-        "is_joinable",
         "max_frame_bytes",
         "max_rows",
-        "metas",
         "model",
         "outputs",
+        "patterns",
         "signature",
         "sole_dtype",
         "sole_name",
@@ -83,23 +109,22 @@ class Route:
         self.outputs = outputs
         self.max_rows = NO_LIMIT if max_rows is None else max_rows
         self.max_frame_bytes = sys.maxsize if max_frame_bytes is None else max_frame_bytes
-        self.metas: dict[tuple[Any, ...], bytes] = {}
-        self.is_joinable = signature.batched and all(spec.dtype != "string" for spec in signature.inputs)
+        self.patterns: dict[tuple[Any, ...], Pattern] = {}
         self.sole_name: str | None = None
         self.sole_dtype: np.dtype[Any] | None = None
         if signature.batched and len(signature.inputs) == 1 and signature.inputs[0].dtype != "string":
             self.sole_name = signature.inputs[0].name
             self.sole_dtype = numpy_dtype(signature.inputs[0].dtype)
 
-    def encode(self, inputs: Any, cast: Cast) -> tuple[int, bytes, list[Frame]]:
-        """Rows, meta and tensor frames of any legal inputs.
+    def encode(self, inputs: Any, cast: Cast) -> tuple[int, Pattern, list[Frame]]:
+        """Rows, pattern and tensor frames of any legal inputs.
 
         Args:
             inputs: Name -> array of shape [rows, ...], or the bare array of the only input.
             cast: Which casts are allowed; see `conversion.to_array`.
 
         Returns:
-            The header's `rows`; the meta; one payload per input, those over `COPY_BYTES` aliasing the
+            The header's `rows`; the pattern; one payload per input, those over `COPY_BYTES` aliasing the
             caller's array where it is contiguous.
 
         Raises:
@@ -115,13 +140,13 @@ class Route:
             rows = self._check_rows(shapes)
             shapes = tuple([shape[1:] for shape in shapes])
         key = shapes if self.sole_dtype is None else shapes[0]
-        meta = self.metas.get(key)
-        if meta is None:
+        pattern = self.patterns.get(key)
+        if pattern is None:
             for array, spec in zip(arrays, specs, strict=True):
                 if not spec.accepts_shape(array.shape):
                     raise self._wrong_shape(array.shape, spec)
-            meta = self._encode_meta(shapes)
-            remember(self.metas, key, meta)
+            pattern = Pattern(self._encode_meta(shapes), self._row_bytes(shapes), self.max_frame_bytes)
+            remember(self.patterns, key, pattern)
         frames: list[Frame] = []
         for array, spec in zip(arrays, specs, strict=True):
             if array.nbytes <= COPY_BYTES and spec.dtype != "string":
@@ -133,7 +158,7 @@ class Route:
                     f"input {spec.name!r} has {len(frames[-1])} bytes; "
                     f"the server takes at most {self.max_frame_bytes} in one message"
                 )
-        return rows, meta, frames
+        return rows, pattern, frames
 
     def _values_in_order(self, inputs: Any) -> list[Any]:
         names = [spec.name for spec in self.signature.inputs]
@@ -182,6 +207,13 @@ class Route:
         if self.signature.batched and needs_row_axis:
             message += f"; a single example needs a row axis: {spec.name}[None]"
         return InvalidInput(message)
+
+    def _row_bytes(self, shapes: tuple[Shape, ...]) -> int | None:
+        """Bytes of one row, of these shapes; None where rows have no fixed size or cannot be counted."""
+        specs = self.signature.inputs
+        if not self.signature.batched or any(spec.dtype == "string" for spec in specs):
+            return None
+        return sum(wire.tensor_bytes(spec.dtype, shape) for spec, shape in zip(specs, shapes, strict=True))
 
     def _encode_meta(self, shapes: tuple[Shape, ...]) -> bytes:
         inputs = zip(self.signature.inputs, shapes, strict=True)

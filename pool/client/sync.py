@@ -278,8 +278,8 @@ class Client:
         return reply
 
     def _converse(self, connection: Connection, request: Request, timeout: float, deadline: float) -> Reply:
-        id_, frames = request
-        connection.send(frames)  # has room: nothing else is under way on it
+        id_ = request.id
+        connection.send(request.message())  # has room: nothing else is under way on it
         is_broken = False
         while True:
             connection.wait(0 if is_broken else _poll_ms(deadline))

@@ -152,8 +152,8 @@ class Calls:
                 else:
                     route = None
         if route is None:
-            rows, meta, frames = encoding.encode(inputs, self._cast if cast is None else check_cast(cast))
-            route = self._find_route(meta)
+            rows, pattern, frames = encoding.encode(inputs, self._cast if cast is None else check_cast(cast))
+            route = self._find_route(pattern.meta)
             if encoding.sole_dtype is not None:
                 remember(way.routes, route.regions[0].shape, route)
         key = route.key if priority is None else route.keys[check_priority(priority)]
