@@ -265,8 +265,8 @@ def peek_id(frame: bytes) -> int | None:
 # -- bundles ---------------------------------------------------------------------------------------
 
 
-def split_parts(table: memoryview | bytes, rows: int) -> list[tuple[int, int, int]]:
-    """The parts of a bundle, each (id, millis, rows).
+def split_parts(table: memoryview | bytes, rows: int) -> tuple[list[int], list[int], list[int]]:
+    """Ids, millis and rows of a bundle's parts: by column, which costs a third of an object for each.
 
     Args:
         table: The frame after the header.
@@ -275,48 +275,25 @@ def split_parts(table: memoryview | bytes, rows: int) -> list[tuple[int, int, in
     Raises:
         WireError: no table, too many parts, or their rows do not add up.
     """
-    _check_table(table)
-    parts = list(PART.iter_unpack(table))
-    _check_total(sum([part[2] for part in parts]), rows)
-    return parts
-
-
-def read_parts(table: memoryview | bytes, rows: int) -> tuple[list[int], list[int]]:
-    """As `split_parts`: millis and rows of all parts, without an object for each.
-
-    Raises:
-        WireError: as `split_parts`.
-    """
-    _check_table(table)
-    words = memoryview(table).cast("I")  # of 4 bytes, little-endian as every machine TensorFlow runs on
-    counts = words[3::4].tolist()
-    _check_total(sum(counts), rows)
-    return words[2::4].tolist(), counts
-
-
-def read_ids(table: memoryview | bytes) -> list[int]:
-    """The ids of all parts of a table that was read."""
-    return memoryview(table).cast("Q")[::2].tolist()
-
-
-def without_millis(table: memoryview | bytes) -> bytes:
-    """A table that was read, as replies have it."""
-    copy = bytearray(table)
-    memoryview(copy).cast("I")[2::4] = memoryview(bytes(len(copy) // 4)).cast("I")
-    return bytes(copy)
-
-
-def _check_table(table: memoryview | bytes) -> None:
     size = len(table)
     if size == 0 or size % PART_BYTES or size > MAX_PARTS * PART_BYTES:
         raise WireError(
             f"table of a bundle has {size} bytes; wanted 1 to {MAX_PARTS} entries of {PART_BYTES} bytes"
         )
-
-
-def _check_total(total: int, rows: int) -> None:
+    cells = memoryview(table)
+    words = cells.cast("I")  # little-endian, as every machine that TensorFlow runs on
+    counts = words[3::4].tolist()
+    total = sum(counts)
     if total != rows:
         raise WireError(f"the parts of a bundle have {total} rows; its header says {rows}")
+    return cells.cast("Q")[::2].tolist(), words[2::4].tolist(), counts
+
+
+def without_millis(table: memoryview | bytes) -> bytes:
+    """A table that was split, as replies have it."""
+    copy = bytearray(table)
+    memoryview(copy).cast("I")[2::4] = memoryview(bytes(len(copy) // 4)).cast("I")
+    return bytes(copy)
 
 
 def encode_ids(ids: Sequence[int]) -> bytes:

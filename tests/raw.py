@@ -85,7 +85,7 @@ class Raw:
         parts = [(decoded.id, 0, decoded.rows)]
         if decoded.flags & Flag.BUNDLE:
             table, *rest = rest
-            parts = wire.split_parts(table, decoded.rows)
+            parts = list(zip(*wire.split_parts(table, decoded.rows), strict=True))
         if decoded.kind is Kind.ERROR:
             assert not rest
             return [(id_, wire.decode_error(decoded)) for id_, _, _ in parts]

@@ -197,10 +197,8 @@ class Rig:
     def parts(self, route: Route, requests: Sequence[tuple[int, int, int]]) -> Parts:
         """Of a bundle: its requests as (id, millis, rows)."""
         table = b"".join([wire.PART.pack(*request) for request in requests])
-        turn, (_, millis, counts) = Turn(self.now), map(list, zip(*requests, strict=True))
-        return Parts(
-            self.sink, b"client", route, turn, route.key, self.account, table, millis, counts, self.now
-        )
+        columns, turn = map(list, zip(*requests, strict=True)), Turn(self.now)
+        return Parts(self.sink, b"client", route, turn, route.key, self.account, table, *columns, self.now)
 
     def place(self, id_: Any, inputs: dict[str, Array], **keywords: Any) -> Ticket:
         """Admit a request; raises what `Generation.place` raises."""

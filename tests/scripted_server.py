@@ -77,7 +77,7 @@ def unbundle(header: Header, tensors: list[bytes]) -> Iterator[tuple[Header, lis
         return
     table, *columns = tensors
     start = 0
-    for id_, millis, count in wire.split_parts(table, header.rows):
+    for id_, millis, count in zip(*wire.split_parts(table, header.rows), strict=True):
         sizes = [len(column) // max(header.rows, 1) for column in columns]
         spans = [
             column[start * size : (start + count) * size] for column, size in zip(columns, sizes, strict=True)

@@ -34,7 +34,7 @@ from pool.front.pipelines import Pipelines
 from pool.front.slots import Account, Ticket, Turn
 from pool.pipelines import PipelineConfig, StepConfig
 from pool.signature import Signature, TensorSpec
-from pool.wire import PredictMeta, TensorMeta
+from pool.wire import PredictMeta, TensorMeta, split_parts
 from tests.rig import Collector, NumpyModel, Rig, generation
 
 
@@ -145,6 +145,7 @@ class House:
 
     def parts(self, route, counts):
         table = b"".join([wire.PART.pack(i, 0, n) for i, n in enumerate(counts)])
+        ids, millis, _ = split_parts(table, sum(counts))
         turn, account = Turn(self.pipelines.clock()), self.client.account(route.generation)
         return Parts(
             self.sink,

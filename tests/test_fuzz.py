@@ -64,7 +64,7 @@ def decode_request(frames):
     if header.kind is Kind.PREDICT:
         meta = wire.decode_meta(PredictMeta, header.meta)
         if header.flags & Flag.BUNDLE:
-            wire.read_parts(tensors[0] if tensors else b"", header.rows)
+            wire.split_parts(tensors[0] if tensors else b"", header.rows)
             tensors = tensors[1:]
         for tensor, payload in zip(meta.inputs, tensors, strict=False):
             wire.decode_tensor(payload, tensor.dtype, (header.rows, *tensor.shape))
@@ -202,7 +202,7 @@ def answers_due(frames):
         return 0, 1  # none, but frames that it should not have are refused
     if header.kind is Kind.PREDICT and header.flags & Flag.BUNDLE:
         try:
-            parts = wire.split_parts(frames[1] if len(frames) > 1 else b"", header.rows)
+            parts = wire.split_parts(frames[1] if len(frames) > 1 else b"", header.rows)[0]
         except WireError:
             return 1, 1
         return len(parts), len(parts)
@@ -233,7 +233,7 @@ class Dealer:
             header = wire.decode_header(frames[0])
             count = 1
             if header.flags & Flag.BUNDLE:
-                count = len(wire.split_parts(frames[1], header.rows))
+                count = len(wire.split_parts(frames[1], header.rows)[0])
             self.kinds[header.kind] += count
             self.replies += count
         return header

@@ -511,7 +511,7 @@ class Fuzzer:
     def _take(self):
         frames = self.line.receive_frames()
         header = wire.decode_header(frames[0])
-        count = len(wire.split_parts(frames[1], header.rows)) if header.flags & Flag.BUNDLE else 1
+        count = len(wire.split_parts(frames[1], header.rows)[0]) if header.flags & Flag.BUNDLE else 1
         if header.kind is Kind.ERROR and self._is_of_a_cancel(header):
             return
         self.kinds[header.kind] = self.kinds.get(header.kind, 0) + count

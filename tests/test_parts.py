@@ -23,9 +23,9 @@ REQUESTS = st.lists(
 
 def make(requests, timeout_s=inf):
     table = b"".join(PART.pack(*request) for request in requests)
-    _, millis, counts = map(list, zip(*requests, strict=True))
+    columns = map(list, zip(*requests, strict=True))
     route = SimpleNamespace(timeout_s=timeout_s)
-    return Parts("sink", "client", route, Turn(NOW), 3, Account(), table, millis, counts, NOW)
+    return Parts("sink", "client", route, Turn(NOW), 3, Account(), table, *columns, NOW)
 
 
 @given(REQUESTS, st.integers(0, 40))
@@ -62,7 +62,8 @@ def test_a_shared_ticket_has_the_table_that_answers_have(requests):
     requests = [(id_, 250, rows) for id_, _, rows in requests] * 2
     parts = make(requests)
     ticket = parts.ticket(0, len(parts))
-    assert split_parts(ticket.table, ticket.rows) == [(id_, 0, rows) for id_, _, rows in requests]
+    ids, _, counts = map(list, zip(*requests, strict=True))
+    assert split_parts(ticket.table, ticket.rows) == (ids, [0] * len(ids), counts)
     assert ticket.ids == [id_ for id_, _, _ in requests]
 
 

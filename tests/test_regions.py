@@ -784,7 +784,7 @@ def test_a_bundle_of_references_is_refused_for_each_of_its_requests(liar):
     liar.socket.send_multipart([header, table, REFERENCE.pack(liar.region.token, 0, 32)])
     frame, table = liar.socket.recv_multipart()
     assert "a bundle with references" in wire.decode_error(wire.decode_header(frame)).message
-    assert [id_ for id_, _, _ in wire.split_parts(table, 0)] == [801, 802]
+    assert wire.split_parts(table, 0)[0] == [801, 802]
 
 
 def test_a_tensor_over_the_servers_limit_is_too_large_by_reference_too(server):

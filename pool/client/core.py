@@ -364,8 +364,10 @@ def _message(requests: list[Request]) -> list[Frame]:
         return first.message()
     table = b"".join([_pack_part(request.id, request.millis, request.rows) for request in requests])
     rows = sum([request.rows for request in requests])
-    columns = zip(*[request.tensors for request in requests], strict=True)
-    return [_pack(_BUNDLE_HEADS[first.head], 0, 0, rows) + first.pattern.meta, table, *map(b"".join, columns)]
+    tensors = [
+        b"".join([request.tensors[column] for request in requests]) for column in range(len(first.tensors))
+    ]
+    return [_pack(_BUNDLE_HEADS[first.head], 0, 0, rows) + first.pattern.meta, table, *tensors]
 
 
 def check_timeout(timeout: float) -> float:

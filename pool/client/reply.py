@@ -141,14 +141,12 @@ class ReplyDecoder:
         head = header[: wire.HEAD_BYTES]
         if head == _ERROR_BUNDLE_HEAD and len(frames) > 1:
             # An exception each: whoever raises one writes its traceback into it.
-            return [
-                Reply(id_, error=self.receive(frames[:1]).error)
-                for id_, _, _ in wire.split_parts(frames[1], 0)
-            ]
+            ids, _, _ = wire.split_parts(frames[1], 0)
+            return [Reply(id_, error=self.receive(frames[:1]).error) for id_ in ids]
         if head != _RESULT_BUNDLE_HEAD or len(header) < wire.FIXED_BYTES:
             return (self.receive(frames),)
         decoded_rows = wire.HEAD.unpack_from(header)[3]
-        parts = wire.split_parts(frames[1] if len(frames) > 1 else b"", decoded_rows)
+        ids, _, rows = wire.split_parts(frames[1] if len(frames) > 1 else b"", decoded_rows)
         try:
             plan = self._plans.get(header[_ROWS_OFFSET:])
             if plan is None:
@@ -156,10 +154,9 @@ class ReplyDecoder:
                 remember(self._plans, header[_ROWS_OFFSET:], plan)
             outputs = decode_outputs(plan, [header, *frames[2:]])
         except WireError as e:
-            return [Reply(id_, error=e) for id_, _, _ in parts]
+            return [Reply(id_, error=e) for id_ in ids]
         is_sliced = sum(array.nbytes for array in outputs.values()) <= SLICED_BYTES
-        ids, _, rows = zip(*parts, strict=True)
-        shares: list[dict[str, Array]] = [{} for _ in parts]
+        shares: list[dict[str, Array]] = [{} for _ in ids]
         for name, array in outputs.items():
             for share, piece in zip(shares, cut(array, rows), strict=True):
                 share[name] = piece if is_sliced else piece.copy()

@@ -26,7 +26,8 @@ class Parts:
         key: What they share with those they may run with.
         account: Whose rows they are.
         table: Of the bundle; not kept.
-        millis: Of each, as read from it (`pool.wire.read_parts`).
+        ids: Of each, as read from the table (`pool.wire.split_parts`); so are the next two.
+        millis: Of each.
         counts: The rows of each.
         now: Monotonic seconds.
 
@@ -48,6 +49,7 @@ class Parts:
         key: int,
         account: Account,
         table: memoryview | bytes,
+        ids: list[int],
         millis: list[int],
         counts: list[int],
         now: float,
@@ -59,6 +61,7 @@ class Parts:
         self.key = key
         self.account = account
         self.rows = sum(counts)
+        self._ids = ids
         self._counts = counts
         first = millis[0]
         # Neighbours with one deadline: where each run of them begins, and the deadline.
@@ -74,10 +77,7 @@ class Parts:
 
     def ids(self, first: int, end: int) -> list[int]:
         """Of requests in a row."""
-        return wire.read_ids(self._entries(first, end))
-
-    def _entries(self, first: int, end: int) -> bytes:
-        return self._table[first * PART_BYTES : end * PART_BYTES]
+        return self._ids[first:end]
 
     def start(self, first: int) -> int:
         """Where the rows of a request begin."""
@@ -110,7 +110,7 @@ class Parts:
         return Ticket(
             self._sink,
             self.client,
-            self.ids(first, end)[0] if is_one else None,
+            self._ids[first] if is_one else None,
             self.route,
             self._end(end - 1) - self.start(first),
             self.deadline(first),
@@ -118,7 +118,7 @@ class Parts:
             self.key,
             self.account,
             requests=end - first,
-            table=b"" if is_one else self._entries(first, end),
+            table=b"" if is_one else self._table[first * PART_BYTES : end * PART_BYTES],
         )
 
     def end_of_alike(self, first: int, most_rows: int, latest: float) -> int:
