@@ -266,18 +266,18 @@ class LoadClient:
             elif task.patience_s is not None:
                 for request in due:
                     request.millis = timeout_to_ms(due_s[request.id] + patience_s - now)
+            under_way = sent - self._done  # without those that are sent now, of which none is answered yet
             for frames, _ in self._core.bundle(due):
                 send(frames)
             sent = end
-            if self._take(begun_s):
+            if self._take(begun_s, under_way):
                 heard_s = clock()
                 has_waited = False
                 continue
-            if has_waited and self._connection.is_broken() and not self._take(begun_s):
+            if has_waited and self._connection.is_broken() and not self._take(begun_s, under_way):
                 return Unavailable.code  # what came before it broke was taken
             if sent == stop < limit:
                 continue
-            # The socket's descriptor tells only news: here it was read empty after the last send.
             until_s = heard_s + task.timeout_s if sent > self._done else math.inf
             if due_s is not None and sent < limit:
                 until_s = min(until_s, due_s[sent])
@@ -289,13 +289,19 @@ class LoadClient:
                 heard_s = clock()
         return DeadlineExceeded.code
 
-    def _take(self, begun_s: list[float]) -> int:
-        """Take answers that have come, `BURST` at most; the number taken. A request's id is its place."""
+    def _take(self, begun_s: list[float], under_way: int) -> int:
+        """Take answers that have come, `BURST` at most or a bundle of them; the number taken.
+
+        Args:
+            begun_s: By request, whose ids are the places here.
+            under_way: How many answers there may be: none is looked for beyond them.
+        """
         receive, decode, clock = self._connection.receive, self._core.receive_all, time.monotonic
         latencies_s, answered_s = self._latencies_s, self._answered_s
+        most = min(BURST, under_way)
         count = 0
         try:
-            while count < BURST:
+            while count < most:
                 replies = decode(receive())
                 count += len(replies)
                 now = clock()
@@ -323,7 +329,8 @@ class LoadClient:
         timeout_s = max(0.0, until_s - time.monotonic())
         if self._task.rate is None:
             self._connection.wait(-1 if timeout_s == math.inf else math.ceil(timeout_s * 1e3))
-        else:  # that counts whole milliseconds, and the next request may be due sooner
+        elif not self._connection.has_message():  # of which its descriptor may not tell any more
+            # `wait` counts whole milliseconds, and the next request may be due sooner.
             watched = self._connection.descriptors()
             select.select(watched, [], [], None if timeout_s == math.inf else timeout_s)
 

@@ -137,6 +137,9 @@ class Connection:
         self._approach = Approach(side)
         self._poll: select.poll | None = None
         self._looks = 0
+        # Whether `wait` found nothing in ZeroMQ's sockets, and nothing was done with them since: then their
+        # descriptors tell of whatever comes, and to look at these costs less than to ask the sockets.
+        self._is_quiet = False
         self.is_refused = False
         self.obstacle = ""
         self._is_tcp = endpoint.startswith("tcp://")
@@ -204,6 +207,8 @@ class Connection:
         """Whether a connection that was once established has ended since; reconnected or not."""
         if self.line is not None and self.line.is_lost:
             return True
+        if self._is_quiet and not self._look(0):
+            return not self._stands
         for event, _ in self._news():
             if event == zmq.EVENT_DISCONNECTED:
                 self._stands = False
@@ -217,11 +222,14 @@ class Connection:
 
     def has_room(self) -> bool:
         """Whether `send` would take a message."""
+        self._is_quiet = False  # a reply that came may not be told of any more
         return bool(_events(self.socket) & zmq.POLLOUT)
 
     def has_message(self) -> bool:
-        """Whether `receive` has something to give."""
-        return bool(_events(self.socket) & zmq.POLLIN)
+        """Whether `receive` has something to give that came through ZeroMQ."""
+        has_message = bool(_events(self.socket) & zmq.POLLIN)
+        self._is_quiet &= not has_message
+        return has_message
 
     def send(self, frames: Sequence[Frame]) -> None:
         """Queue one message without blocking.
@@ -271,6 +279,7 @@ class Connection:
         return False
 
     def _queue(self, frames: Sequence[Frame]) -> None:
+        self._is_quiet = False
         send = self._send
         for frame in frames[:-1]:
             send(frame, _MORE, len(frame) < ZERO_COPY_BYTES)
@@ -292,6 +301,8 @@ class Connection:
                     if self.regions.live:
                         self.regions.answered(message[0])
                     return message
+                if self._is_quiet and not self.line.is_lost:
+                    raise zmq.Again  # `wait` comes before any news of ZeroMQ
                 if not self.has_message():  # to be told by an exception costs five times as much
                     raise zmq.Again
         # A header arrives as bytes, the cheap way, which cannot tell whether more follows. It says itself:
@@ -321,9 +332,20 @@ class Connection:
         """
         if self._poll is None:
             zmq.zmq_poll([(self.socket, zmq.POLLIN), (self.monitor, zmq.POLLIN)], timeout_ms)
-        # ZeroMQ's descriptors tell of changes only: first to be asked what there is already.
-        elif not (self.has_message() or _events(self.monitor) & zmq.POLLIN):
-            self._poll.poll(min(timeout_ms, _LONGEST_WAIT_MS))
+            return
+        if not self._is_quiet:  # descriptors tell of changes only: first to be asked what there is already
+            self._is_quiet = not (self.has_message() or _events(self.monitor) & zmq.POLLIN)
+        if self._is_quiet:
+            self._look(min(timeout_ms, _LONGEST_WAIT_MS))
+
+    def _look(self, timeout_ms: int) -> bool:
+        """Wait for news of line or sockets, which were quiet; whether there are any."""
+        assert self._poll is not None
+        assert self.line is not None
+        ready = self._poll.poll(timeout_ms)
+        if ready and (len(ready) > 1 or ready[0][0] != self.line.fileno()):
+            self._is_quiet = False
+        return bool(ready)
 
     def receive_within(self, timeout_s: float) -> list[Frame] | None:
         """As `receive`, waiting so long for a message; None if none came.
@@ -343,6 +365,7 @@ class Connection:
 
     def descriptors(self) -> list[int]:
         """What to watch for news, where nothing was left to read."""
+        self._is_quiet = False  # whoever watches them sees what `wait` does not
         line = [] if self.line is None else [self.line.fileno()]
         return [*line, self.socket.fileno(), self.monitor.fileno()]
 
