@@ -106,7 +106,8 @@ class ScriptedLines:
         else:
             self.peers.append(peer)
             if self._greeting is not None:
-                peer.send(self._greeting)
+                with contextlib.suppress(OSError):  # its client may be gone again
+                    peer.send(self._greeting)
         self.came.release()
 
     def _take(self, peer: socket.socket) -> None:

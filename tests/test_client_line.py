@@ -11,6 +11,7 @@ import contextlib
 import gc
 import math
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -463,6 +464,51 @@ def test_a_line_that_is_never_empty_does_not_keep_zeromqs_replies_waiting(endpoi
         assert wire.peek_id(connection.receive()[0]) == 99
         with pytest.raises(zmq.Again):
             connection.receive()
+
+
+@contextlib.contextmanager
+def quiet(endpoint):
+    """As `pair`, with nothing to read when it was looked last, and then an answer through ZeroMQ."""
+    with pair(endpoint) as (connection, peer, server):
+        connection.send([wire.encode_header(Header(Kind.LIVE, 2, b""))])  # takes the line
+        assert connection.is_connected()
+        connection.wait(0)
+        server.say(info(9, {"live": True}))
+        assert select.select([connection.socket.fileno()], [], [], 30)[0]
+        yield connection, peer, server
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda connection: connection.wait(30_000),
+        Connection.has_room,
+        Connection.has_message,
+        Connection.is_broken,
+        lambda connection: select.select(connection.descriptors(), [], [], 30),
+    ],
+    ids=["wait", "has_room", "has_message", "is_broken", "descriptors"],
+)
+def test_what_comes_through_zeromq_beside_a_quiet_line_is_met(endpoint, look):
+    with quiet(endpoint) as (connection, _, _):
+        look(connection)
+        assert wire.peek_id(connection.receive()[0]) == 9
+
+
+def test_the_end_of_a_line_does_not_hide_it(endpoint):
+    with quiet(endpoint) as (connection, peer, _):
+        peer.close()
+        assert wire.peek_id(connection.receive()[0]) == 9
+        assert connection.is_broken()
+
+
+def test_the_end_of_zeromqs_connection_is_noticed_beside_a_quiet_line(endpoint):
+    with quiet(endpoint) as (connection, _, server):
+        assert connection.receive_within(5)
+        connection.wait(0)
+        assert not connection.is_broken()
+        server.stop()
+        await_that(connection.is_broken)
 
 
 def test_what_the_front_says_is_the_receivers_own(endpoint):
