@@ -148,7 +148,8 @@ class ScriptedLines:
     def hang_up(self) -> None:
         """End every line, whoever else has a part of it; what was sent is still read."""
         for peer in list(self.peers):
-            peer.shutdown(socket.SHUT_RDWR)  # the thread, which is told, closes it
+            with contextlib.suppress(OSError):  # its client was first
+                peer.shutdown(socket.SHUT_RDWR)  # the thread, which is told, closes it
 
     def kinds(self) -> list[Kind]:
         """The kinds of the requests that came over lines."""
