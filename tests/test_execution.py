@@ -34,7 +34,7 @@ from pool.front.pipelines import Pipelines
 from pool.front.slots import Account, Ticket, Turn
 from pool.pipelines import PipelineConfig, StepConfig
 from pool.signature import Signature, TensorSpec
-from pool.wire import PredictMeta, TensorMeta, split_parts
+from pool.wire import PredictMeta, TensorMeta
 from tests.rig import Collector, NumpyModel, Rig, generation
 
 
@@ -145,20 +145,9 @@ class House:
 
     def parts(self, route, counts):
         table = b"".join([wire.PART.pack(i, 0, n) for i, n in enumerate(counts)])
-        ids, millis, _ = split_parts(table, sum(counts))
+        columns = wire.split_parts(table, sum(counts))
         turn, account = Turn(self.pipelines.clock()), self.client.account(route.generation)
-        return Parts(
-            self.sink,
-            self.client,
-            route,
-            turn,
-            route.key,
-            account,
-            table,
-            [0] * len(counts),
-            counts,
-            turn.started,
-        )
+        return Parts(self.sink, self.client, route, turn, route.key, account, table, *columns, turn.started)
 
     def ask(self, id_, name, inputs, outputs=None, **keywords):
         """Admit a request; raises what it is refused with."""
