@@ -237,7 +237,10 @@ class Serving:
             self._batch_raised(slot, tickets, kind(message.text))
         if worker.role == "quarantine":
             self.trials.feed()
-        self.advance(now)
+        if slot.trial is None:  # what waited was started already
+            self._host.advanced(self, now)
+        else:
+            self.advance(now)
 
     def _go_on(self, worker: Worker, now: float) -> None:
         """A worker is done with a batch: give it another."""
