@@ -228,7 +228,8 @@ def _pool(task: Task, site: Site) -> Start:
     cores = sorted(os.sched_getaffinity(0))
     settings = f"workers = {task.workers}\nthreads = 1\nmax_batch_size = {task.batch}\n"
     if task.is_pinned:
-        devices = [f"cpu:{cores[index % len(cores)]}" for index in range(task.workers)]
+        # From the last on: the first has more of the kernel's own work.
+        devices = [f"cpu:{cores[-1 - index % len(cores)]}" for index in range(task.workers)]
         settings = (
             f"workers = {task.workers}\ndevices = {json.dumps(devices)}\nmax_batch_size = {task.batch}\n"
         )

@@ -156,7 +156,7 @@ def measure(prepared: Prepared, system: System, wait_ms: float, pace: Pace) -> l
     for workers in workload.workers or (system.workers,):
         task = Task(
             prepared.path, prepared.x, prepared.y, workload.batch, workers, wait_ms, max(workload.levels),
-            is_pinned=workload.name in ("mobilenet", "kill"),
+            is_pinned=workload.name in ("mlp", "mobilenet", "kill"),
         )  # fmt: skip
         common: Row = {
             "workload": workload.name, "server": system.name, "wait_ms": wait_ms, "workers": workers
