@@ -52,7 +52,13 @@ def _curves(rows: list[Row], title: str, results: dict[str, Any], file: Path) ->
         )
         axes.grid(visible=True, which="both", alpha=0.2)
     levels = sorted({row["in_flight"] for row in rows})
-    mid.legend(fontsize=8, title=f"{', '.join(map(str, levels))} in flight, left to right", title_fontsize=8)
+    tail.legend(  # beside the axes: there is no corner of them that some server does not come to
+        fontsize=8,
+        title=f"{', '.join(map(str, levels))} in flight,\nleft to right",
+        title_fontsize=8,
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1.0),
+    )
     _finish(figure, title, results, file)
 
 
