@@ -201,7 +201,7 @@ class Serving:
         self._batcher.worker_lost(worker.id)
 
     def worker_answered(self, worker: Worker, message: Message) -> None:
-        """A batch came back: keep the worker busy, if anything waits for it, and send the answers."""
+        """A batch came back: first keep the worker busy, then send the answers."""
         slot = worker.slot
         if slot is None or slot.index != message.slot or slot.generation != message.generation:
             model = self.generation.model
@@ -214,17 +214,10 @@ class Serving:
             slot.dispatched_at = min(max(began, slot.given_at), slot.dispatched_at)
         tickets = self._batcher.finish(slot, now)
         self.running -= 1
-        is_wanted = self._batcher.has_queue
-        if is_wanted:
-            self._go_on(worker, now)
-        try:
-            if message.kind == Ring.DONE:
-                self._deliver(slot, tickets)
-        finally:
-            if not is_wanted:
-                self._go_on(worker, now)
+        self._go_on(worker, now)
         self._host.came(Event.ANSWER, now)
         if message.kind == Ring.DONE:
+            self._deliver(slot, tickets)
             self.generation.metrics.batch_answered(slot)
             self.generation.metrics.replies_sent(slot, tickets, now, time.monotonic())
             if slot.trial is not None:
