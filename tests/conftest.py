@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import psutil
@@ -22,6 +23,8 @@ import pytest
 from pool import Client, backends
 from pool.backends import find_backend
 from pool.config import Placement
+from pool.signature import Signature
+from tests.rig import NumpyModel, Rig, generation
 
 # Every process that a test starts inherits this, and so is found even if its parent is gone; those of another
 # process of tests have another one.
@@ -197,3 +200,17 @@ def _nothing_is_left_behind() -> Iterator[None]:
             process.kill()
     assert not left, "processes left behind"
     assert not _memfds() - memfds, "memory left behind"
+
+
+@pytest.fixture
+def rig_of() -> Iterator[Callable[..., Rig]]:
+    """Makes rigs of signatures: `rig_of(*signatures, model=None, **config)`, closed in the end."""
+    made: list[Rig] = []
+
+    def make(*signatures: Signature, model: NumpyModel | None = None, **config: Any) -> Rig:
+        made.append(Rig(generation(*signatures, **config), model))
+        return made[-1]
+
+    yield make
+    for rig in made:
+        rig.close()

@@ -45,6 +45,7 @@ def report(*signatures: Signature, version: int = 7) -> LoadReport:
         weights_bytes=0,
         weights_shared=False,
         unshared_reason="",
+        is_lean=False,
     )
 
 
@@ -62,6 +63,11 @@ def identity(
     inputs = tuple(TensorSpec(*spec) for spec in specs)
     outputs = tuple(TensorSpec(f"{spec.name}_out", spec.dtype, spec.shape) for spec in inputs)
     return Signature(name, inputs, outputs)
+
+
+def floats(rows: int, start: float = 0) -> Array:
+    """Rows of three that tell each other apart."""
+    return np.arange(3 * rows, dtype=np.float32).reshape(rows, 3) + np.float32(start)
 
 
 class NumpyModel:
@@ -84,6 +90,9 @@ class NumpyModel:
 
     def texts(self, _signature: str) -> tuple[bytes, ...]:
         return ()
+
+    def runs(self, signature: str) -> str:
+        return signature
 
     def weights(self) -> list[tuple[str, Array]]:
         return []

@@ -27,7 +27,9 @@ def backend(tensorflow_backend):
 
 @pytest.fixture
 def load(backend):
-    return lambda name, shared=None: backend.load(str(models.path(name) / "1"), shared)
+    return lambda name, shared=None, is_lean=False: backend.load(
+        str(models.path(name) / "1"), shared, is_lean
+    )
 
 
 def aligned(values, dtype="float32"):
@@ -331,7 +333,7 @@ def test_answers_are_tensorflows_own(load, name):
         rows = 1 if name == "one_row_inside" else 3
         sample = sample_inputs(signature, rows, seed=5, recipe=recipe)
         ours = predict(model, *sample.values(), signature=signature.name)
-        function = model._functions[signature.name]
+        function = model._loaded.functions[signature.name]._function
         tensors = {spec.name: tf.constant(sample[spec.name], spec.dtype) for spec in signature.inputs}
         theirs = function(**tensors)
         assert ours.keys() == theirs.keys()
@@ -438,8 +440,8 @@ def test_calling_by_keyword_gives_the_same(load):
         signature = model.signatures[0]
         sample = sample_inputs(signature, 2)
         tensors = {spec.name: call.as_tensor(sample[spec.name], spec.dtype) for spec in signature.inputs}
-        function = model._functions[signature.name]
-        by_keyword = call._bind_by_keyword(function, signature.outputs, tensors, owner=model)
+        function = model._loaded.functions[signature.name]._function
+        by_keyword = call.bind_by_keyword(function, signature.outputs, tensors, owner=model)
         bound = model.bind(signature.name, list(sample.values()))
         for a, b in zip(by_keyword(), bound(), strict=True):
             assert a.dtype == b.dtype
@@ -480,8 +482,8 @@ def test_errors_lose_what_tensorflow_adds(message, want):
 # -- sharing weights -------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def share(load):
+@pytest.fixture(params=[False, True], ids=["in_full", "lean"])
+def share(load, request):
     """Load a model twice, with weights of its own and on a memfd's; gives both and the views it maps."""
     opened = []
 
@@ -490,7 +492,7 @@ def share(load):
         fd = weights.create()
         opened.append(fd)
         views = weights.map_private(fd, weights.write(fd, own.weights()))
-        return own, load(name, views), views
+        return own, load(name, views, request.param), views
 
     yield load_both
     for fd in opened:
@@ -589,3 +591,154 @@ def test_weights_of_another_model_are_refused(load):
         ModelLoadError, match=r"kernel' is float32 \(784, 256\); got a weight of float32 \[3\]"
     ):
         load("mlp", wrong)
+
+
+# -- lean ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def load_lean(load):
+    """Load a model in full, and lean on weights of any values."""
+
+    def both(name):
+        own = load(name)
+        views = [aligned_empty(value.shape, value.dtype) for _, value in own.weights()]
+        return own, load(name, views, True)
+
+    return both
+
+
+def is_lean(model):
+    from pool.backends.tensorflow.lean import Registered
+
+    return isinstance(model._loaded.functions[model.signatures[0].name], Registered)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mlp", "cnn", "bfloat16", "variable_dtypes", "signatures", "medium", "counter", "dtypes", "names",
+     "unknown_dims", "unknown_rank", "scalar_output", "strings", "examples", "images", "raising",
+     "slots"],  # which TensorFlow itself cannot revive
+)  # fmt: skip
+def test_a_lean_load_tells_the_same_of_a_model(load_lean, name):
+    own, lean = load_lean(name)
+    assert is_lean(lean)
+    assert not is_lean(own)
+    assert lean.signatures == own.signatures
+    assert lean.skipped == own.skipped
+    assert [key for key, _ in lean.weights()] == [key for key, _ in own.weights()]
+    assert [lean.texts(one.name) for one in lean.signatures] == [
+        own.texts(one.name) for one in own.signatures
+    ]
+
+
+@pytest.mark.parametrize("name", ["static_table", "tf1_resource", "tf1_reference", "tf1_counter"])
+def test_what_takes_more_than_functions_and_variables_is_loaded_in_full(load_lean, name):
+    _, shared = load_lean(name)
+    assert not is_lean(shared)
+
+
+def test_signatures_that_do_the_same_are_one_function_of_the_runtime(load_lean):
+    own, lean = load_lean("mlp")
+    assert [one.name for one in lean.signatures] == ["serving_default", "serve"]
+    assert lean.runs("serve") == lean.runs("serving_default")
+    assert "signature_wrapper" not in lean.runs("serve")
+    assert own.runs("serve") != own.runs("serving_default")
+
+
+def test_a_lean_model_that_is_gone_leaves_nothing_with_the_runtime(load_lean):
+    from tensorflow.python.eager import context
+
+    _, lean = load_lean("cnn")
+    names = {name for function in lean._loaded.functions.values() for name in function.reached}
+    assert names
+    assert all(context.context().has_function(name) for name in names)
+    _, another = load_lean("cnn")
+    del lean
+    gc.collect()
+    assert not any(context.context().has_function(name) for name in names)
+    assert another.bind("serving_default", list(sample_inputs(another.signatures[0], 1).values()))()
+
+
+def test_outputs_go_by_name_through_a_wrapper_that_orders_them_anew(load_lean):
+    own, lean = load_lean("names")
+    inputs = [aligned([1]), aligned([2]), aligned([30])]
+    assert predict(lean, *inputs) == predict(own, *inputs) == {"a": [1], "x": [20], "y": [29]}
+
+
+def export(folder, function, module=None):
+    import tensorflow as tf
+
+    module = module or tf.Module()
+    module.function = function
+    tf.saved_model.save(module, str(folder), signatures={"serving_default": function})
+    return str(folder)
+
+
+@pytest.mark.usefixtures("backend")
+def test_captured_constants_are_read_from_the_file(backend, tmp_path):
+    import tensorflow as tf
+
+    words = tf.constant([b"a", b"\xff"])
+    numbers = tf.constant([[1.5, 2.5]])
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 2], tf.float32, "x")])
+    def add(x):
+        return {"sum": x + numbers, "words": words}
+
+    path = export(tmp_path / "1", add)
+    model = backend.load(path, [], True)
+    assert is_lean(model)
+    outputs = model.bind("serving_default", [aligned([[1, 2]])])()
+    assert [output.tolist() for output in outputs] == [[[2.5, 4.5]], [b"a", b"\xff"]]
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_compiled_function_is_called_through_its_wrapper(backend, tmp_path):
+    import tensorflow as tf
+
+    @tf.function(jit_compile=True, input_signature=[tf.TensorSpec([None], tf.float32, "x")])
+    def double(x):
+        return {"y": 2 * x}
+
+    model = backend.load(export(tmp_path / "1", double), [], True)
+    assert is_lean(model)
+    assert "signature_wrapper" in model.runs("serving_default")
+    assert model.bind("serving_default", [aligned([3.0])])()[0].tolist() == [6.0]
+
+
+@pytest.mark.usefixtures("backend")
+def test_functions_that_are_called_by_others_come_along(backend, tmp_path):
+    import tensorflow as tf
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, "x")])
+    def collatz(x):
+        def step(x, count):
+            return tf.cond(x[0] % 2 == 0, lambda: x / 2, lambda: 3 * x + 1), count + 1
+
+        _, count = tf.while_loop(lambda x, _: x[0] > 1, step, (x, tf.constant([0])))
+        return {"steps": count}
+
+    model = backend.load(export(tmp_path / "1", collatz), [], True)
+    assert is_lean(model)
+    assert len(model._loaded.functions["serving_default"].reached) > 3
+    assert model.bind("serving_default", [aligned([27.0])])()[0].tolist() == [111]
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_table_within_a_function_is_not_loaded_lean(backend, tmp_path):
+    import tensorflow as tf
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, "x")])
+    def count(x):
+        table = tf.raw_ops.HashTableV2(key_dtype=tf.int64, value_dtype=tf.int64, shared_name="t")
+        keys = tf.constant([1], tf.int64)
+        with tf.control_dependencies(
+            [tf.raw_ops.LookupTableImportV2(table_handle=table, keys=keys, values=keys)]
+        ):
+            size = tf.raw_ops.LookupTableSizeV2(table_handle=table)
+        return {"y": x + tf.cast(size, tf.float32)}
+
+    model = backend.load(export(tmp_path / "1", count), [], True)
+    assert not is_lean(model)
+    assert model.bind("serving_default", [aligned([1.0])])()[0].tolist() == [2.0]

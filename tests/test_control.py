@@ -34,6 +34,7 @@ REPORT = control.LoadReport(
     weights_bytes=65,
     weights_shared=True,
     unshared_reason="",
+    is_lean=False,
 )
 ORDERS = (
     control.LoaderOrder("m", "tensorflow", "/models/m", True, Placement((0, 1), 2)),

@@ -23,28 +23,11 @@ from pool.errors import (
 from pool.shm.arena import OutputPlace, encode_outputs
 from pool.signature import DTYPES, Signature, TensorSpec, numpy_dtype
 from pool.wire import PredictMeta, TensorMeta
-from tests.rig import NumpyModel, Rig, generation, identity
+from tests.rig import NumpyModel, Rig, floats, generation, identity
 
 FLOATS = identity(("x", "float32", (None, 3)))
 PAIR = identity(("a", "int32", (None,)), ("b", "float64", (None, 2)))
 TEXTS = identity(("text", "string", (None,)))
-
-
-@pytest.fixture
-def rig_of():
-    made = []
-
-    def make(*signatures, model=None, **config):
-        made.append(Rig(generation(*signatures, **config), model))
-        return made[-1]
-
-    yield make
-    for rig in made:
-        rig.close()
-
-
-def floats(rows, start=0):
-    return np.arange(3 * rows, dtype=np.float32).reshape(rows, 3) + start
 
 
 def texts(*items):

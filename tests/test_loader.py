@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+from pool.backends import find_backend
 from pool.config import Placement
 from pool.errors import ModelLoadError
 from pool.sample import Recipe
@@ -157,6 +158,26 @@ def test_weights_are_shared_where_they_can_be(load, weights_fd, name):
         os.pwrite(weights_fd, b"x", 0)
 
 
+@pytest.mark.parametrize("name", ["mlp", "cnn", "bfloat16", "counter", "names"])
+def test_workers_are_to_load_lean(load, name):
+    assert load(name).is_lean
+
+
+def test_what_could_not_be_compared_is_not_loaded_lean(load):
+    report = load("refusing")
+    assert report.unobserved
+    assert report.weights_shared
+    assert not report.is_lean
+
+
+@pytest.mark.parametrize(("lean", "is_lean"), [("right", True), ("wrong", False), ("fails", False)])
+def test_a_lean_load_that_is_not_as_good_is_not_used(weights_fd, tmp_path, lean, is_lean):
+    (tmp_path / "drill.toml").write_text(f'lean = "{lean}"')
+    report = load_model(find_backend("drill"), str(tmp_path), weights_fd, share=True)
+    assert report.weights_shared, report.unshared_reason
+    assert report.is_lean == is_lean
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -260,7 +281,7 @@ def work(shared, answered_fd, go_fd):
     backend.prepare(Placement())
     before = own_memory()
     views = weights.map_private(fd, report.weights) if shared else None
-    model = backend.load(report.path, views)
+    model = backend.load(report.path, views, shared and report.is_lean)
     signature = report.signatures[0]
     call = model.bind(signature.name, list(sample_inputs(signature, 2).values()))
     answer = call()[0].tobytes().hex()

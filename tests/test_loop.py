@@ -5,11 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pool.config import Placement
 from pool.errors import ModelError
+from pool.sample import Recipe
 from pool.shm.arena import decode_outputs
+from pool.shm.control import WarmUp, WorkerOrder
 from pool.shm.doorbell import Message, Ring
 from pool.signature import Signature, TensorSpec
-from tests.rig import NumpyModel, Rig, generation, identity
+from pool.worker.loop import _warm_up
+from tests.rig import NumpyModel, floats, identity
 
 FLOATS = identity(("x", "float32", (None, 3)))
 WHOLE = Signature(
@@ -19,23 +23,6 @@ WHOLE = Signature(
     batched=False,
     unbatched_reason="the first dimension is fixed",
 )
-
-
-@pytest.fixture
-def rig_of():
-    made = []
-
-    def make(*signatures, model=None, **config):
-        made.append(Rig(generation(*signatures, **config), model))
-        return made[-1]
-
-    yield make
-    for rig in made:
-        rig.close()
-
-
-def floats(rows, start=0):
-    return np.arange(3 * rows, dtype=np.float32).reshape(rows, 3) + start
 
 
 def run_one(rig):
@@ -193,3 +180,21 @@ def test_outputs_lie_aligned_behind_the_inputs(rig_of):
     assert all(place.offset % 64 == 0 for place in places)
     layout = rig.route({"a": np.zeros(1, np.int8), "b": np.zeros(1)}).layout
     assert places[0].offset >= layout.descriptor.outputs_offset
+
+
+def test_signatures_that_run_the_same_function_are_warmed_up_once():
+    class Twins(NumpyModel):
+        def runs(self, signature):
+            return "the same" if signature in ("serving_default", "twin") else signature
+
+    model = Twins()
+    signatures = [FLOATS, *(identity(("x", "float32", (None, 3)), name=name) for name in ("twin", "other"))]
+    order = WorkerOrder(
+        model="m", index=0, backend="", path="", weights=(), placement=Placement(), slots=1, slot_bytes=4096,
+        allowed_batch_sizes=(), warm_up=tuple(WarmUp(one, Recipe(), (1, 4)) for one in signatures),
+    )  # fmt: skip
+    _warm_up(order, model)
+    sizes = [[(1, 3)], [(4, 3)]]
+    want = [(name, size) for name in ("serving_default", "other") for size in sizes]
+    assert model.bound == want
+    assert len(model.seen) == len(want)

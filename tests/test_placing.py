@@ -12,26 +12,9 @@ from hypothesis import strategies as st
 
 from pool.errors import InternalError, Overloaded, PoolError, TooLarge, WireError
 from pool.front.columns import Column
-from tests.rig import Rig, generation, identity
+from tests.rig import Rig, floats, generation, identity
 
 FLOATS = identity(("x", "float32", (None, 3)))
-
-
-@pytest.fixture
-def rig_of():
-    made = []
-
-    def make(*signatures, **config):
-        made.append(Rig(generation(*signatures, **config)))
-        return made[-1]
-
-    yield make
-    for rig in made:
-        rig.close()
-
-
-def floats(rows, start=0):
-    return np.arange(3 * rows, dtype=np.float32).reshape(rows, 3) + start
 
 
 def place_bundle(rig, sizes, first=0, array=None):

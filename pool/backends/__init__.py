@@ -42,6 +42,9 @@ class Model(Protocol):
     def texts(self, signature: str) -> tuple[bytes, ...]:
         """Strings the signature is likely to parse, as far as the model's graph tells; often none."""
 
+    def runs(self, signature: str) -> str:
+        """The function behind a signature; several may have the same."""
+
     def weights(self) -> list[tuple[str, Array]]:
         """Name and value of every variable, in an order that is the same for every load.
 
@@ -81,7 +84,7 @@ class Backend(Protocol):
             ModelLoadError: there is no model at `path`; the sentence names what is there instead.
         """
 
-    def load(self, path: str, weights: Sequence[Array] | None) -> Model:
+    def load(self, path: str, weights: Sequence[Array] | None, is_lean: bool = False) -> Model:
         """Load the model at `path`, as `resolve` gave it.
 
         Args:
@@ -89,6 +92,8 @@ class Backend(Protocol):
             weights: None to read the values from disk; otherwise one 64-byte aligned, writable,
                 privately mapped array per entry of `Model.weights`, in that order, which the model
                 then aliases instead of holding a copy.
+            is_lean: Leave out all that running signatures on these weights does not take, where that is
+                possible. Whoever asks for it compares the answers with those of a load in full.
 
         Raises:
             ModelLoadError: it cannot be loaded; the sentence says why.

@@ -12,6 +12,7 @@ versions of such directories (the highest is served). Every key may be left out:
     weights_bytes = 0    size of a weight that only takes room
     batch_s = 0.0        seconds that a batch takes, asleep
     row_s = 0.0          seconds that each row adds
+    lean = "right"       what a lean load gives: "wrong" answers, or none ("fails")
 
 It has one signature, `serving_default`:
 
@@ -32,7 +33,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
@@ -112,6 +113,7 @@ class _Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weights_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**40)] = 0
     batch_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 0.0
     row_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 0.0
+    lean: Literal["right", "wrong", "fails"] = "right"
 
 
 # -- the backend -----------------------------------------------------------------------------------
@@ -181,16 +183,20 @@ def _read(file: Path) -> tuple[int, _Recipe]:
     return number, recipe
 
 
-def load(path: str, weights: Sequence[Array] | None) -> Model:
+def load(path: str, weights: Sequence[Array] | None, is_lean: bool = False) -> Model:
     """Load the model file at `path`; see `pool.backends.Backend.load`.
 
     Raises:
-        ModelLoadError: it is not a valid model file; the sentence says why.
+        ModelLoadError: it is not a valid model file, or is not to be loaded lean; the sentence says why.
     """
     version, recipe = _read(Path(path))
+    if is_lean and recipe.lean == "fails":
+        raise ModelLoadError(f"{path}: told not to load lean")
     if weights is None:
         ballast = np.full(recipe.weights_bytes, 1, np.uint8)
         weights = [np.array([SCALE], np.float32), np.array([_offset(version)], np.float32), ballast]
+    if is_lean and recipe.lean == "wrong":
+        weights = [np.array([-SCALE], np.float32), *weights[1:]]
     return _DrillModel(recipe, weights)
 
 
@@ -206,6 +212,9 @@ class _DrillModel:
 
     def texts(self, _signature: str) -> tuple[bytes, ...]:
         return ()
+
+    def runs(self, signature: str) -> str:
+        return signature
 
     def weights(self) -> list[tuple[str, Array]]:
         return list(zip(("scale", "offset", "ballast"), self._weights, strict=True))

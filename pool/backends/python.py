@@ -70,13 +70,14 @@ def _read(file: str) -> bytes:
         raise ModelLoadError(f"{file}: must be readable, got {e.strerror}") from None
 
 
-def load(path: str, weights: Sequence[Array] | None) -> Model:
+def load(path: str, weights: Sequence[Array] | None, is_lean: bool = False) -> Model:
     """Import the file and find the function; `path` is what `resolve` gave.
 
     Raises:
         ModelLoadError: `FILE: KEY: rule, got value`; of whatever the file raises, type, message and line.
     """
     assert weights is None, "there are none to share"
+    assert not is_lean, "which is for shared ones"
     whole, _, version = path.rpartition("@")
     split = split_path(whole)
     assert split is not None, "as `resolve` gave it"
@@ -159,6 +160,9 @@ class _PythonModel:
 
     def texts(self, _signature: str) -> tuple[bytes, ...]:
         return ()
+
+    def runs(self, signature: str) -> str:
+        return signature
 
     def weights(self) -> list[tuple[str, Array]]:
         raise ModelLoadError("what a Python function keeps is its own")

@@ -306,6 +306,7 @@ def _order(generation: Generation, worker: Worker, is_shared: bool) -> control.W
         slots=len(generation.arena.slots),
         slot_bytes=generation.arena.slot_bytes,
         allowed_batch_sizes=config.allowed_batch_sizes,
+        is_lean=generation.report.is_lean,
         awake_s=config.awake_us / 1e6,
         is_shared=is_shared,
         warm_up=tuple(

@@ -96,6 +96,7 @@ class LoadReport(msgspec.Struct, frozen=True, tag=True):
         weights_bytes: Size of all weights, 0 when they could not be read.
         weights_shared: Whether workers are to map the memfd.
         unshared_reason: Why not, in a sentence; '' when shared.
+        is_lean: Whether workers are to load no more than it takes to run signatures.
     """
 
     version: int
@@ -109,6 +110,7 @@ class LoadReport(msgspec.Struct, frozen=True, tag=True):
     weights_bytes: int
     weights_shared: bool
     unshared_reason: str
+    is_lean: bool
 
 
 class LoadFailure(msgspec.Struct, frozen=True, tag=True):
@@ -141,6 +143,7 @@ class WorkerOrder(msgspec.Struct, frozen=True):
     slot_bytes: int
     allowed_batch_sizes: tuple[int, ...]
     warm_up: tuple[WarmUp, ...]
+    is_lean: bool = False  # `Backend.load`
     awake_s: float = 0.0  # how long it stays awake for the next batch before it sleeps
     is_shared: bool = False  # other fronts than the one that started it may join
 

@@ -5,14 +5,16 @@ answer has, and whether workers that share one copy of the weights answer as tho
 this order:
 
     resolve the path  ->  load  ->  write the weights to the memfd (nothing has run: they are untouched)
-    ->  probe every signature  ->  load again on the shared weights  ->  repeat the probes, compare bit by bit
+    ->  probe every signature  ->  load again on the shared weights, lean  ->  repeat the probes, compare bit
+    by bit; if they differ, the same with a load in full
 """
 
 from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -25,6 +27,8 @@ from pool.shm import weights as weights_memory
 from pool.shm.control import LoaderOrder, LoadFailure, LoadOutcome, LoadReport, encode_outcome
 from pool.shm.weights import Weight
 from pool.signature import Signature
+
+Views = Callable[[], Sequence[Array]]  # the weights, mapped anew
 
 
 def run_loader(order: LoaderOrder, report_fd: int, weights_fd: int) -> None:
@@ -85,13 +89,17 @@ def _load_model(backend: Backend, path: str, weights_fd: int, share: bool) -> Lo
     probes = {signature.name: _Probe(signature) for signature in model.signatures}
     for probe in probes.values():
         probe.run(model)
-    skipped = model.skipped
+    signatures, skipped = model.signatures, model.skipped
     # The first copy of the weights goes before the second load comes.
     del model
     gc.collect()
 
+    is_lean = False
     if not unshared_reason:
-        unshared_reason = _difference_when_shared(backend, concrete, weights_fd, weights, probes)
+        views = partial(weights_memory.map_private, weights_fd, weights)
+        is_lean = _is_same_when_lean(backend, concrete, views, signatures, probes)
+        if not is_lean:
+            unshared_reason = _difference_when_shared(backend, concrete, views, probes)
     if unshared_reason:
         weights = ()
         weights_memory.clear(weights_fd)
@@ -109,15 +117,27 @@ def _load_model(backend: Backend, path: str, weights_fd: int, share: bool) -> Lo
         weights_bytes=weights_bytes,
         weights_shared=not unshared_reason,
         unshared_reason=unshared_reason,
+        is_lean=is_lean,
     )
 
 
-def _difference_when_shared(
-    backend: Backend, path: str, weights_fd: int, weights: tuple[Weight, ...], probes: dict[str, _Probe]
-) -> str:
+def _is_same_when_lean(
+    backend: Backend, path: str, views: Views, signatures: tuple[Signature, ...], probes: dict[str, _Probe]
+) -> bool:
+    """Whether workers may load lean: only if all they would answer was compared."""
+    if any(probe.recipe is None for probe in probes.values()):
+        return False
+    try:
+        model = backend.load(path, views(), is_lean=True)
+        return model.signatures == signatures and _first_difference(model, probes) is None
+    except PoolError:
+        return False
+
+
+def _difference_when_shared(backend: Backend, path: str, views: Views, probes: dict[str, _Probe]) -> str:
     """Why workers on shared weights would not answer as those with their own do; '' if they would."""
     try:
-        model = backend.load(path, weights_memory.map_private(weights_fd, weights))
+        model = backend.load(path, views())
         name = _first_difference(model, probes)
     except PoolError as error:
         return f"a load on shared weights fails: {error.message}"

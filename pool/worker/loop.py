@@ -92,14 +92,19 @@ def _load(order: WorkerOrder, weights_fd: int | None) -> Model:
     if weights_fd is not None:
         shared = weights.map_private(weights_fd, order.weights)
         os.close(weights_fd)
-    return backend.load(order.path, shared)
+    return backend.load(order.path, shared, order.is_lean)
 
 
 def _warm_up(order: WorkerOrder, model: Model) -> None:
     """Run sample batches: the framework allocates, plans and compiles now, not on the first user."""
+    warm: set[tuple[str, int]] = set()
     for warm_up in order.warm_up:
         signature = warm_up.signature
         for rows in warm_up.rows:
+            what = (model.runs(signature.name), rows)
+            if what in warm:
+                continue
+            warm.add(what)
             sample = sample_inputs(signature, rows, recipe=warm_up.recipe)
             try:
                 model.bind(signature.name, [sample[spec.name] for spec in signature.inputs])()

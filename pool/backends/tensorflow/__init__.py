@@ -3,6 +3,9 @@
     location      which directory a configured path means; exports `.keras` files
     metagraph     loads a SavedModel by its MetaGraph, the way TensorFlow Serving does
     saved_model   a loaded SavedModel: its signatures, its variables, its calls
+    loaded        what it consists of, whichever way it was loaded
+    revived       as TensorFlow loads it, by objects or MetaGraph
+    lean          only the functions of its signatures, and their variables
     call          the shortest way from numpy arrays through a function and back
 
 Importing this package does not import TensorFlow; `preload` does.
@@ -106,7 +109,7 @@ def resolve(path: str) -> tuple[int, str]:
     return location.resolve(path)
 
 
-def load(path: str, weights: Sequence[Array] | None) -> Model:
+def load(path: str, weights: Sequence[Array] | None, is_lean: bool = False) -> Model:
     """Load the SavedModel in directory `path`; see `pool.backends.Backend.load`.
 
     Raises:
@@ -114,4 +117,4 @@ def load(path: str, weights: Sequence[Array] | None) -> Model:
     """
     from pool.backends.tensorflow import saved_model
 
-    return saved_model.load(path, weights)
+    return saved_model.load(path, weights, is_lean=is_lean)

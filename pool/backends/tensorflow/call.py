@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from pool.backends import Array, BoundCall
 from pool.errors import ModelError
-from pool.signature import Signature, TensorSpec, numpy_dtype
+from pool.signature import TensorSpec, numpy_dtype
 
 Tensor = Any  # tf.Tensor; TensorFlow has no types to check against
 Function = Any  # a tf.types.experimental.ConcreteFunction
@@ -51,35 +51,49 @@ def as_array(tensor: Tensor, dtype: str) -> Array:
     return np.array(value, dtype=numpy_dtype(dtype))
 
 
-def bind(
-    function: Function,
-    signature: Signature,
-    keywords: Sequence[str],
-    inputs: Sequence[Array],
-    owner: object,
-) -> BoundCall:
-    """A call of `function` on exactly these arrays; see `pool.backends.Model.bind`.
+class Entry(NamedTuple):
+    """A function as the runtime's entry point calls it.
+
+    Attributes:
+        name: Under which the runtime knows it.
+        captures: Its arguments behind the inputs.
+        gives: So many tensors.
+        places: Which of them each output of the signature is.
+    """
+
+    name: str
+    captures: list[Tensor]
+    gives: int
+    places: dict[str, int]
+
+
+def entry(function: Function) -> Entry:
+    """Of a concrete function that gives a dict.
+
+    Raises:
+        AttributeError: TensorFlow's insides are not what they were in 2.16 to 2.21.
+    """
+    inner = function._inference_function
+    count = len(inner.function_type.flat_outputs)
+    # The runtime's order is that of the flattened dict: sorted by key.
+    places = {output: i for i, output in enumerate(sorted(function.structured_outputs))}
+    if len(places) != count:
+        raise AttributeError("outputs are not one tensor each")
+    return Entry(inner.name.decode(), function.captured_inputs, count, places)
+
+
+def bind(entry: Entry, outputs: tuple[TensorSpec, ...], inputs: list[Tensor], owner: object) -> BoundCall:
+    """A call of a function on exactly these tensors; see `pool.backends.Model.bind`.
 
     Args:
-        function: Takes the inputs in the order of `keywords`, gives a dict of the signature's outputs.
-        signature: Names and dtypes.
-        keywords: The name each of the function's flat inputs goes by.
-        inputs: In the signature's order.
+        entry: The function.
+        outputs: Of the signature.
+        inputs: The function's first arguments.
         owner: Kept alive by the call: the runtime forgets functions and variables when their owner goes.
+
+    Raises:
+        AttributeError: TensorFlow's insides are not what they were in 2.16 to 2.21.
     """
-    named = zip(signature.inputs, inputs, strict=True)
-    tensors = {spec.name: as_tensor(array, spec.dtype) for spec, array in named}
-    assert tensors.keys() == set(keywords)
-    try:
-        return _bind_direct(function, signature.outputs, [tensors[name] for name in keywords], owner)
-    except AttributeError:
-        return _bind_by_keyword(function, signature.outputs, tensors, owner)
-
-
-def _bind_direct(
-    function: Function, outputs: tuple[TensorSpec, ...], tensors: list[Tensor], owner: object
-) -> BoundCall:
-    """Raises AttributeError where TensorFlow's insides are not what they were in 2.16 to 2.21."""
     from tensorflow.python import pywrap_tfe
     from tensorflow.python.eager import context
 
@@ -87,16 +101,9 @@ def _bind_direct(
     runtime.ensure_initialized()
     execute = pywrap_tfe.TFE_Py_Execute
     handle, device = runtime._handle, runtime.device_name
-    inner = function._inference_function
-    name = inner.name.decode()
     attributes = tuple(itertools.chain.from_iterable(runtime.function_call_options.as_attrs().items()))
-    arguments = [*tensors, *function.captured_inputs]
-    count = len(inner.function_type.flat_outputs)
-    # The runtime's order is that of the flattened dict: sorted by key.
-    position = {output: i for i, output in enumerate(sorted(function.structured_outputs))}
-    if len(position) != count:
-        raise AttributeError("outputs are not one tensor each")
-    picks = [position[spec.name] for spec in outputs]
+    name, count, arguments = entry.name, entry.gives, [*inputs, *entry.captures]
+    picks = [entry.places[spec.name] for spec in outputs]
 
     def run(_owner: object = owner) -> list[Array]:
         try:
@@ -116,9 +123,11 @@ def _bind_direct(
     return run if all(spec.shape for spec in outputs) else run_boxed
 
 
-def _bind_by_keyword(
-    function: Function, outputs: tuple[TensorSpec, ...], tensors: dict[str, Tensor], owner: object
+def bind_by_keyword(
+    function: Function, outputs: tuple[TensorSpec, ...], tensors: Mapping[str, Tensor], owner: object
 ) -> BoundCall:
+    """As `bind`, for a concrete function and a TensorFlow whose insides are others."""
+
     def run(_owner: object = owner) -> list[Array]:
         try:
             results = function(**tensors)

@@ -7,19 +7,16 @@ operation names each feature, its dtype and its shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
 
-Function = Any  # a tf.types.experimental.ConcreteFunction
 Node = Any  # tensorflow.core.framework.node_def_pb2.NodeDef
 
 
-def texts(function: Function) -> tuple[bytes, ...]:
-    """One serialized Example, holding every feature, per parsing operation the function reaches."""
-    graph = function.graph.as_graph_def()
-    bodies = [graph.node, *(body.node_def for body in graph.library.function)]
+def texts(bodies: Iterable[Sequence[Node]]) -> tuple[bytes, ...]:
+    """One serialized Example, holding every feature, per parsing operation among the nodes of functions."""
     found = []
     for nodes in bodies:
         by_name = {node.name: node for node in nodes}
