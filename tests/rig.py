@@ -206,8 +206,8 @@ class Rig:
     def parts(self, route: Route, requests: Sequence[tuple[int, int, int]]) -> Parts:
         """Of a bundle: its requests as (id, millis, rows)."""
         table = b"".join([wire.PART.pack(*request) for request in requests])
-        columns, turn = map(list, zip(*requests, strict=True)), Turn(self.now)
-        return Parts(self.sink, b"client", route, turn, route.key, self.account, table, *columns, self.now)
+        columns, turn = wire.split_parts(table, sum(rows for _, _, rows in requests)), Turn(self.now)
+        return Parts(self.sink, b"client", route, turn, route.key, self.account, table, columns, self.now)
 
     def place(self, id_: Any, inputs: dict[str, Array], **keywords: Any) -> Ticket:
         """Admit a request; raises what `Generation.place` raises."""

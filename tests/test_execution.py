@@ -147,7 +147,7 @@ class House:
         table = b"".join([wire.PART.pack(i, 0, n) for i, n in enumerate(counts)])
         columns = wire.split_parts(table, sum(counts))
         turn, account = Turn(self.pipelines.clock()), self.client.account(route.generation)
-        return Parts(self.sink, self.client, route, turn, route.key, account, table, *columns, turn.started)
+        return Parts(self.sink, self.client, route, turn, route.key, account, table, columns, turn.started)
 
     def ask(self, id_, name, inputs, outputs=None, **keywords):
         """Admit a request; raises what it is refused with."""

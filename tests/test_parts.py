@@ -23,9 +23,9 @@ REQUESTS = st.lists(
 
 def make(requests, timeout_s=inf):
     table = b"".join(PART.pack(*request) for request in requests)
-    columns = map(list, zip(*requests, strict=True))
+    columns = tuple(map(list, zip(*requests, strict=True)))
     route = SimpleNamespace(timeout_s=timeout_s)
-    return Parts("sink", "client", route, Turn(NOW), 3, Account(), table, *columns, NOW)
+    return Parts("sink", "client", route, Turn(NOW), 3, Account(), table, columns, NOW)
 
 
 @given(REQUESTS, st.integers(0, 40))

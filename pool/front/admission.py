@@ -227,7 +227,8 @@ class Admission:
     def _admit_bundle(self, client: Client, header: Header, frames: list[memoryview], now: float) -> int:
         """Admit or refuse each request of a bundle; gives how many there were (`docs/wire.md` 3.9)."""
         table = frames[0] if frames else b""
-        ids, millis, counts = wire.split_parts(table, header.rows)
+        columns = wire.split_parts(table, header.rows)
+        ids = columns[0]
         try:
             client.check_access()
             if header.flags & _REGION:
@@ -238,20 +239,20 @@ class Admission:
                 raise InvalidInput("a bundle of requests with string inputs, or to a signature not batched")
             account, turn = client.account(route.generation), self._engine.turn
             key = _key(route, header)
-            parts = Parts(self._bundles, client, route, turn, key, account, table, ids, millis, counts, now)
+            parts = Parts(self._bundles, client, route, turn, key, account, table, columns, now)
             refused = route.generation.place_all(parts, frames[1:], now)
         except Exception as e:
             error = e if isinstance(e, PoolError) else _defect(e)
             metrics = self._metrics_of(header) or self._engine.unknown
             self.outbound.refuse_bundled(client, ids, error, metrics)
-            return len(counts)
-        admitted = len(counts)
+            return len(ids)
+        admitted = len(ids)
         for error, of_these in refused:
             self.outbound.refuse_bundled(client, of_these, error, route.generation.metrics)
             admitted -= len(of_these)
         self.admitted += admitted
         self._engine.flush(route.generation, admitted)
-        return len(counts)
+        return len(ids)
 
 
 def _defect(e: Exception) -> InternalError:

@@ -26,9 +26,7 @@ class Parts:
         key: What they share with those they may run with.
         account: Whose rows they are.
         table: Of the bundle; not kept.
-        ids: Of each, as read from the table (`pool.wire.split_parts`); so are the next two.
-        millis: Of each.
-        counts: The rows of each.
+        columns: Ids, millis and rows of each, as read from the table (`pool.wire.split_parts`).
         now: Monotonic seconds.
 
     Attributes:
@@ -49,9 +47,7 @@ class Parts:
         key: int,
         account: Account,
         table: memoryview | bytes,
-        ids: list[int],
-        millis: list[int],
-        counts: list[int],
+        columns: tuple[list[int], list[int], list[int]],
         now: float,
     ) -> None:
         self._sink = sink
@@ -60,9 +56,8 @@ class Parts:
         self.turn = turn
         self.key = key
         self.account = account
-        self.rows = sum(counts)
-        self._ids = ids
-        self._counts = counts
+        self._ids, millis, self._counts = columns
+        self.rows = sum(self._counts)
         first = millis[0]
         # Neighbours with one deadline: where each run of them begins, and the deadline.
         self._runs = [0]
