@@ -188,7 +188,7 @@ def log_of(rates, failures=()):
 
 def test_full_service_is_back_when_its_rate_is():
     took, lost = recovery(log_of([100] * 5 + [50] * 3 + [100] * 5, (5.1, 6.0, 1.0)), 5.0, 5.5, 13.0)
-    assert took == pytest.approx(2.5, abs=0.1)  # half of that second's answers are at the full rate
+    assert took == pytest.approx(2.8, abs=0.1)  # four fifths of that second are at the full rate
     assert lost == 2
 
 

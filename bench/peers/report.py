@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
-from bench.peers.summary import Row
+from bench.peers.summary import FULL, Row
 from bench.readme import PEERS_BEGIN, PEERS_END
 
 OWN = "pool"
@@ -179,6 +179,7 @@ def _kills(results: Results) -> Iterator[str]:
         for row in ranked
     ]
     yield _table(["SIGKILL of one worker of two, 16 clients", "s to full rate", "requests lost"], table)
+    yield f"Full is a rate of {FULL:.0%} of that before, from then on for a second."
 
 
 def _absent(results: Results) -> Iterator[str]:

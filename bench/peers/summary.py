@@ -22,9 +22,9 @@ MEASURED = (
     "lost",
 )
 
-# The rate of a second counts as full service from this share of the rate before on: half a rate, which is
-# what one worker of two gives, is far below, and what a busy machine varies by is above.
-_FULL = 0.75
+# The rate of a second counts as full service from this share of the rate before on. One worker of two gives
+# half of it or a little more: by then the other must have worked for four fifths of the second.
+FULL = 0.9
 _WINDOW_S = 1.0
 
 
@@ -109,8 +109,8 @@ def recovery(log: str, killed_at: float, replaced_at: float, until: float) -> tu
         until: When the load ended.
 
     Returns:
-        Seconds from the kill until there is another worker and the rate is back, None if they never are; and
-        requests that failed or were given up since.
+        Seconds from the kill until there is another worker and the rate of the next second is full, None if
+        they never are; and requests that failed or were given up since.
     """
     entries = [(float(a), b == "1") for a, b, _ in (line.split() for line in log.splitlines())]
     good = sorted(at for at, is_well in entries if is_well)
@@ -119,7 +119,7 @@ def recovery(log: str, killed_at: float, replaced_at: float, until: float) -> tu
         return None, lost
     # The first second of a load is not its rate.
     begin = min(good[0] + 1.0, killed_at - 1.0)
-    wanted = _FULL * sum(begin <= at < killed_at for at in good) / (killed_at - begin) * _WINDOW_S
+    wanted = FULL * sum(begin <= at < killed_at for at in good) / (killed_at - begin) * _WINDOW_S
     has_fallen = False
     step = 0.05
     for index in range(int((until - killed_at - _WINDOW_S) / step) + 1):
