@@ -666,16 +666,15 @@ def test_outputs_go_by_name_through_a_wrapper_that_orders_them_anew(load_lean):
     assert predict(lean, *inputs) == predict(own, *inputs) == {"a": [1], "x": [20], "y": [29]}
 
 
-def export(folder, function, module=None):
+def export(folder, function):
     import tensorflow as tf
 
-    module = module or tf.Module()
+    module = tf.Module()
     module.function = function
     tf.saved_model.save(module, str(folder), signatures={"serving_default": function})
     return str(folder)
 
 
-@pytest.mark.usefixtures("backend")
 def test_captured_constants_are_read_from_the_file(backend, tmp_path):
     import tensorflow as tf
 
@@ -693,7 +692,6 @@ def test_captured_constants_are_read_from_the_file(backend, tmp_path):
     assert [output.tolist() for output in outputs] == [[[2.5, 4.5]], [b"a", b"\xff"]]
 
 
-@pytest.mark.usefixtures("backend")
 def test_a_compiled_function_is_called_through_its_wrapper(backend, tmp_path):
     import tensorflow as tf
 
@@ -707,7 +705,6 @@ def test_a_compiled_function_is_called_through_its_wrapper(backend, tmp_path):
     assert model.bind("serving_default", [aligned([3.0])])()[0].tolist() == [6.0]
 
 
-@pytest.mark.usefixtures("backend")
 def test_functions_that_are_called_by_others_come_along(backend, tmp_path):
     import tensorflow as tf
 
@@ -725,7 +722,6 @@ def test_functions_that_are_called_by_others_come_along(backend, tmp_path):
     assert model.bind("serving_default", [aligned([27.0])])()[0].tolist() == [111]
 
 
-@pytest.mark.usefixtures("backend")
 def test_a_table_within_a_function_is_not_loaded_lean(backend, tmp_path):
     import tensorflow as tf
 

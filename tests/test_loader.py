@@ -170,6 +170,18 @@ def test_what_could_not_be_compared_is_not_loaded_lean(load):
     assert not report.is_lean
 
 
+def test_a_tensorflow_whose_insides_are_others_is_loaded_in_full(load, monkeypatch):
+    from pool.backends.tensorflow import call
+
+    def moved(*_):
+        raise AttributeError("no such entry point")
+
+    monkeypatch.setattr(call, "bind", moved)
+    report = load("mlp")
+    assert report.weights_shared, report.unshared_reason
+    assert not report.is_lean
+
+
 @pytest.mark.parametrize(("lean", "is_lean"), [("right", True), ("wrong", False), ("fails", False)])
 def test_a_lean_load_that_is_not_as_good_is_not_used(weights_fd, tmp_path, lean, is_lean):
     (tmp_path / "drill.toml").write_text(f'lean = "{lean}"')
