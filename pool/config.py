@@ -134,6 +134,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         gpu_memory_mb: Hard limit on GPU memory in MiB; None for growth on demand.
         warm_up: Whether each batch size runs once before a worker counts as ready.
         awake_us: Longest a worker stays awake for the next batch, if the last one came quickly.
+        split_batches: Whether a worker runs a batch in pieces where that is faster.
         timeout_ms: Longest run of a batch; its worker is killed then. 0 for no limit.
         request_timeout_ms: Deadline of requests that carry none; None for none.
         retry: Whether rows of a batch that failed may run again.
@@ -160,6 +161,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     gpu_memory_mb: Annotated[int, Meta(ge=1, le=2**24)] | None = None
     warm_up: bool = True
     awake_us: AwakeUs = 300.0
+    split_batches: bool = True
     timeout_ms: Annotated[float, Meta(ge=0, le=MAX_TIMEOUT_MS)] = 60_000.0
     request_timeout_ms: Annotated[float, Meta(ge=1, le=MAX_TIMEOUT_MS)] | None = None
     retry: bool = True

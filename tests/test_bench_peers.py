@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from bench.peers import doors, environments, report
 from bench.peers.ceilings import naked
 from bench.peers.load import LoadFailed, read_h2load, read_perf_analyzer, read_pool
-from bench.peers.summary import better_waits, contenders, medians, recovery, unmeasured
+from bench.peers.summary import better_waits, contenders, medians, ratio, recovery, share, spread, unmeasured
 from bench.peers.systems import SYSTEMS
 from bench.peers.trees import spent_us
 
@@ -45,9 +45,15 @@ def row(**fields):
         "p99_ms": 2.0,
         "cpu_us": 10.0,
         "failures": 0,
-        "rounds": 1,
+        "round": "0",
     }
     return defaults | fields
+
+
+def told(*rounds, **fields):
+    """The row that rounds come to; they are dicts of what differs, the first is the round of all."""
+    (found,) = medians(row(**fields, **each, round=str(number)) for number, each in enumerate(rounds))
+    return found
 
 
 # -- load generators ---------------------------------------------------------------------------------
@@ -135,14 +141,56 @@ def test_tritons_binary_answers_are_cut_behind_their_header():
 
 
 def test_rounds_are_told_by_their_medians_and_all_their_failures():
-    (found,) = medians(row(requests_per_s=rate, failures=1) for rate in (10.0, 1000.0, 20.0))
-    assert (found["requests_per_s"], found["failures"], found["rounds"]) == (20.0, 3, 3)
+    found = told(*({"requests_per_s": rate, "failures": 1} for rate in (1e6, 10.0, 1000.0, 20.0)))
+    assert (found["requests_per_s"], found["failures"], found["rounds"]) == (20.0, 4, 3)
+    assert found["by_round"]["requests_per_s"] == {"0": 1e6, "1": 10.0, "2": 1000.0, "3": 20.0}
+
+
+def test_who_was_only_in_the_round_of_all_is_told_by_that():
+    found = told({"requests_per_s": 7.0})
+    assert (found["requests_per_s"], found["rounds"]) == (7.0, 1)
 
 
 def test_a_recovery_that_mostly_never_came_is_never():
-    never = [row(recovery_s=value, lost=0) for value in (None, 1.0, None)]
-    assert medians(never)[0]["recovery_s"] is None
-    assert medians([*never, row(recovery_s=2.0, lost=0), row(recovery_s=3.0, lost=0)])[0]["recovery_s"] == 3.0
+    never = [{"recovery_s": value, "lost": 0} for value in (1.0, None, 1.0, None)]
+    assert told(*never)["recovery_s"] is None
+    assert told(*never, *({"recovery_s": value, "lost": 0} for value in (2.0, 3.0)))["recovery_s"] == 3.0
+
+
+def rates(*values):
+    return told(*({"requests_per_s": value} for value in values))
+
+
+def test_a_ratio_is_the_median_of_those_within_head_to_head_rounds():
+    # Medians would say 0.9, for the machine was slower in two rounds that one of them was lucky in.
+    assert ratio(rates(1.0, 100, 200, 90), rates(9.0, 50, 100, 100), "requests_per_s") == 2.0
+
+
+def test_a_ratio_with_who_was_only_in_the_round_of_all_is_of_that():
+    assert ratio(rates(30.0, 100.0, 200.0), rates(10.0), "requests_per_s") == 3.0
+    assert ratio(rates(30.0), told({"p50_ms": 1.0}), "gb_per_s") is None
+
+
+def test_what_never_came_took_for_ever():
+    def recoveries(*values):
+        return told(*({"recovery_s": value, "lost": 0} for value in values))
+
+    own, other = recoveries(None, 1.0, 1.0, 1.0), recoveries(1.0, 2.0, None, None)
+    assert ratio(own, other, "recovery_s") == 0.0
+    assert ratio(other, own, "recovery_s") == math.inf
+    assert ratio(recoveries(None), recoveries(None), "recovery_s") is None
+
+
+def test_shares_and_spreads_are_medians_of_rounds_too():
+    own = told(
+        *({"requests_per_s": rate, "p50_ms": p50} for rate, p50 in ((1.0, 1.0), (90.0, 1.0), (40.0, 4.0)))
+    )
+    ceilings = {"1": {"bare": {"requests_per_s": 100.0, "other_ms": 2.0}}}
+    ceilings["2"] = {"bare": {"requests_per_s": 50.0, "other_ms": 2.0}}
+    assert share(own, ceilings, "bare", "requests_per_s") == pytest.approx(0.85)
+    assert share(own, ceilings, "bare", "p50_ms", "other_ms") == pytest.approx(1.25)
+    assert share(own, ceilings, "echo", "requests_per_s") is None
+    assert spread(own) == pytest.approx(1.25)
 
 
 def test_the_better_wait_is_the_faster_one_and_for_one_request_the_quicker():
@@ -152,7 +200,7 @@ def test_the_better_wait_is_the_faster_one_and_for_one_request_the_quicker():
         row(wait_ms=2.0, in_flight=1, requests_per_s=300.0, p50_ms=2.5),
         row(wait_ms=0.0, in_flight=1, requests_per_s=200.0, p50_ms=0.5),
     ]
-    assert [found["wait_ms"] for found in better_waits(rows)] == [2.0, 0.0]
+    assert [found["wait_ms"] for found in better_waits(medians(rows))] == [2.0, 0.0]
 
 
 def test_contenders_lead_at_some_number_of_requests():
@@ -215,6 +263,13 @@ def test_a_server_that_never_answered_has_not_recovered():
 
 
 def results(rows, ceilings=None):
+    measured = {
+        "commit": "C",
+        "ceilings": ceilings or {},
+        "ceilings_by_round": {"0": ceilings or {}},
+        "rows": medians(rows),
+        "errors": [],
+    }
     return {
         "machine": "M",
         "system": "S",
@@ -222,7 +277,7 @@ def results(rows, ceilings=None):
         "date": "D",
         "rounds": 5,
         "absent": {"ray": "does not install: no wheel"},
-        "workloads": {"mlp": {"commit": "C", "ceilings": ceilings or {}, "rows": rows, "errors": []}},
+        "workloads": {measured["rows"][0]["workload"]: measured},
     }
 
 
@@ -238,6 +293,20 @@ def test_goals_are_told_against_the_best_peer_and_only_where_measured():
         "MLP, 256 in flight: server CPU per request": ["0.50x (Flask)", "at most 0.33 (missed)"],
         "MLP, 256 in flight: share of the naked loop": ["not measured", "at least 0.70"],
     }
+
+
+def test_large_requests_are_compared_where_each_is_at_its_best():
+    rows = [
+        row(workload="large", system=system, in_flight=level, gb_per_s=value)
+        for system, values in (("pool", (8.0, 12.0)), ("Triton gRPC, shared memory", (3.0, 2.0)))
+        for level, value in zip((1, 2), values, strict=True)
+    ]
+    found = report.goals(results(rows, {"memcpy": {"gb_per_s": 16.0}}))
+    assert [cells for cells in found if cells] == [
+        ["25 MB requests: GB/s against Triton's shared memory", "4.00x (Triton gRPC, shared memory)",
+         "at least 1.50"],
+        ["  share of memcpy", "0.75", "at least 0.50"],
+    ]  # fmt: skip
 
 
 def test_a_share_is_of_the_faster_loop_with_the_frames_of_pools_client_and_others_have_no_goal():

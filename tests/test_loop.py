@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
@@ -11,8 +13,10 @@ from pool.sample import Recipe
 from pool.shm.arena import decode_outputs
 from pool.shm.control import WarmUp, WorkerOrder
 from pool.shm.doorbell import Message, Ring
+from pool.shm.loans import Place
 from pool.signature import Signature, TensorSpec
 from pool.worker.loop import _warm_up
+from pool.worker.split import Split
 from tests.rig import NumpyModel, floats, identity
 
 FLOATS = identity(("x", "float32", (None, 3)))
@@ -47,7 +51,7 @@ def test_what_is_bound_is_forgotten_before_it_fills_the_memory(rig_of, monkeypat
         run_one(rig)
         assert rig.sink.answers[n]["x_out"].tolist() == [[n] * n]
     assert len(rig.runner._bound) <= 4
-    assert len(rig.runner._descriptors) <= 4
+    assert len(rig.runner._plans) <= 4
 
 
 @pytest.mark.parametrize(("rows", "padded"), [(1, 2), (2, 2), (3, 8), (8, 8)])
@@ -198,3 +202,154 @@ def test_signatures_that_run_the_same_function_are_warmed_up_once():
     want = [(name, size) for name in ("serving_default", "other") for size in sizes]
     assert model.bound == want
     assert len(model.seen) == len(want)
+
+
+# -- pieces --------------------------------------------------------------------------------------------
+
+WIDE = identity(("x", "float32", (None, 16)), ("n", "int64", (None, 8)))  # 64 bytes a row
+
+
+@pytest.fixture
+def in_twos(monkeypatch):
+    """Batches are run two rows at a time, wherever that may be."""
+    monkeypatch.setattr(Split, "choose", lambda split, rows: 2 if rows > 2 and split._may_be(2) else 0)
+
+
+def split_rig(rig_of, *signatures, split_s=1.0, **keywords):
+    rig = rig_of(*signatures, slots=1, **keywords)
+    rig.runner._split_s = split_s
+    return rig
+
+
+def wide(rows, start=0):
+    x = np.arange(16 * rows, dtype=np.float32).reshape(rows, 16) + np.float32(start)
+    return {"x": x, "n": np.arange(8 * rows).reshape(rows, 8) + start}
+
+
+def shapes_seen(rig):
+    return [call[0].shape[0] for call in rig.model.seen]
+
+
+@pytest.mark.usefixtures("in_twos")
+def test_pieces_answer_as_the_whole_does(rig_of):
+    rig = split_rig(rig_of, WIDE)
+    for turn, rows in enumerate((5, 5, 4, 2)):
+        inputs = wide(rows, 100 * turn)
+        rig.place(turn, inputs)
+        assert run_one(rig).kind == Ring.DONE
+        for name, sent in inputs.items():
+            np.testing.assert_array_equal(rig.sink.answers[turn][f"{name}_out"], sent)
+    assert shapes_seen(rig) == [2, 2, 1, 2, 2, 1, 2, 2, 2]
+    assert len(rig.model.bound) == 6  # each once: (2, 2, 1), (2, 2), and 2 as the whole
+
+
+@pytest.mark.usefixtures("in_twos")
+def test_a_batch_in_a_clients_region_is_run_in_pieces_too(rig_of, monkeypatch):
+    region = np.zeros(1 << 16, np.uint8)
+    start = -region.ctypes.data % 64
+    sent = wide(4)
+    region[start : start + 256].view(np.float32)[:] = sent["x"].ravel()
+    region[start + 1024 : start + 1280].view(np.int64)[:] = sent["n"].ravel()
+    rig = split_rig(rig_of, WIDE)
+    monkeypatch.setattr("pool.worker.loop.read_places", lambda *_: (Place(7, start), Place(7, start + 1024)))
+    monkeypatch.setattr(rig.runner._borrowed, "memory", lambda _: region)
+    rig.place(0, wide(4, 99))
+    (slot,) = rig.start()
+    rig.generation.arena.describe(slot.index, slot.tickets[0].route.layout)
+    message = Message(Ring.RUN_LENT, slot.index, slot.rows, slot.generation, slot.layout)
+    assert rig.runner.run(message).kind == Ring.DONE
+    np.testing.assert_array_equal(np.concatenate([call[0] for call in rig.model.seen]), sent["x"])
+    assert shapes_seen(rig) == [2, 2]
+    monkeypatch.setattr(rig.runner._borrowed, "give_back", lambda _: None)
+    rig.runner.give_back(7)
+    assert not rig.runner._bound
+    rig.batcher.finish(slot, rig.now)
+    rig.batcher.release(slot)
+
+
+@pytest.mark.parametrize(
+    "longest", [lambda x: int(x[:, 0].max()) // 16 + 1, lambda x: len(x)], ids=["by values", "by rows"]
+)
+def test_pieces_whose_outputs_do_not_fit_together_are_run_as_a_whole_from_then_on(
+    rig_of, longest, monkeypatch
+):
+    """As of a model that pads its outputs to the longest of the batch."""
+    signature = Signature("s", WIDE.inputs[:1], (TensorSpec("y", "float32", (None, None)),))
+    model = NumpyModel(lambda _, inputs: [np.ones((len(inputs[0]), longest(inputs[0])), np.float32)])
+    rig = split_rig(rig_of, signature, model=model, max_rows_bytes=1 << 14)
+    monkeypatch.setattr(Split, "choose", lambda split, _: 2 if split._rest else 0)
+    for turn in range(2):
+        x = wide(3)["x"]
+        rig.place(turn, {"x": x})
+        assert run_one(rig).kind == Ring.DONE
+        assert rig.sink.answers[turn]["y"].shape == (3, longest(x))
+    assert shapes_seen(rig) == [2, 1, 3, 3]
+
+
+@pytest.mark.usefixtures("in_twos")
+def test_rows_that_would_not_be_aligned_are_never_cut(rig_of):
+    rig = split_rig(rig_of, FLOATS)  # 12 bytes a row
+    rig.place(0, {"x": floats(8)})
+    run_one(rig)
+    assert shapes_seen(rig) == [8]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "rows", "seen"),
+    [((2, 4, 8), 3, [2, 2]), ((2, 8), 7, [2] * 4), ((4, 8), 7, [8]), ((2, 5), 4, [5]), ((8,), 3, [8])],
+)
+@pytest.mark.usefixtures("in_twos")
+def test_pieces_have_allowed_sizes(rig_of, allowed, rows, seen):
+    rig = split_rig(rig_of, WIDE, allowed_batch_sizes=allowed, max_batch_size=allowed[-1])
+    sent = wide(rows)
+    rig.place(0, sent)
+    run_one(rig)
+    assert shapes_seen(rig) == seen
+    np.testing.assert_array_equal(rig.sink.answers[0]["x_out"], sent["x"])
+
+
+@pytest.mark.usefixtures("in_twos")
+def test_strings_whole_tensors_and_models_that_are_not_to_be_split_are_not(rig_of):
+    rig = split_rig(rig_of, identity(("t", "string", (None,))))
+    rig.place(0, {"t": np.array([b"a"] * 4, object)})
+    run_one(rig)
+    rig.place(1, {"t": np.array([b"b"] * 4, object)})
+    run_one(rig)
+    assert shapes_seen(rig) == [4, 4]
+    rig = split_rig(rig_of, WHOLE)
+    rig.place(0, {"a": floats(2), "b": np.array([7, 8])}, name="whole")
+    run_one(rig)
+    assert len(rig.model.seen) == 1
+    rig = split_rig(rig_of, WIDE, split_s=0.0)
+    rig.place(0, wide(4))
+    run_one(rig)
+    assert shapes_seen(rig) == [4]
+
+
+@pytest.mark.usefixtures("in_twos")
+def test_a_piece_that_raises_is_an_error_of_its_batch(rig_of):
+    def function(_, inputs):
+        if inputs[0][0, 0] == 32:
+            raise ModelError("the second piece")
+        return inputs
+
+    rig = split_rig(rig_of, WIDE, model=NumpyModel(function))
+    rig.place(0, wide(5))
+    assert (run_one(rig).kind, rig.sink.answers[0].message) == (Ring.MODEL_ERROR, "the second piece")
+    assert shapes_seen(rig) == [2, 2]
+
+
+def test_a_model_that_is_faster_with_few_rows_comes_to_be_run_so(rig_of):
+    def function(_, inputs):
+        rows = len(inputs[0])
+        time.sleep(0.001 * rows if rows <= 2 else 0.002 * rows)
+        return inputs
+
+    rig = split_rig(rig_of, WIDE, model=NumpyModel(function), max_batch_size=4)
+    for turn in range(60):
+        sent = wide(4, turn)
+        rig.place(turn, sent)
+        run_one(rig)
+        np.testing.assert_array_equal(rig.sink.answers[turn]["x_out"], sent["x"])
+    assert shapes_seen(rig)[0] == 4
+    assert shapes_seen(rig)[-8:] in ([2] * 8, [1] * 8)

@@ -1,8 +1,9 @@
 """`python -m bench.peers [--quick] [--only NAME,…] [--workloads NAME,… [--record]] [--rounds N]`.
 
 All systems take part in the first round of each workload, with each batch wait; those that lead somewhere,
-pool, and what the machine could do at most, in the others. Writes `bench/results-peers.json`, pictures in
-`docs/`, and the README's second table, unless only a part was asked for.
+pool, and what the machine could do at most, go through the others head to head. Writes
+`bench/results-peers.json`, pictures in `docs/`, and the README's second table, unless only a part was asked
+for.
 """
 
 from __future__ import annotations
@@ -21,15 +22,13 @@ from bench import readme
 from bench.machine import describe
 from bench.peers import environments, plots, report
 from bench.peers.ceilings import bare, echo, memcpy, naked
-from bench.peers.summary import Row, better_waits, contenders, medians, unmeasured
+from bench.peers.summary import FIRST, Ceilings, Row, better_waits, contenders, medians, unmeasured
 from bench.peers.systems import SYSTEMS
 from bench.peers.workloads import FULL, QUICK, WORKLOADS, Pace, Prepared, measure, prepare, variants
 
 RESULTS = Path(__file__).resolve().parent.parent / "results-peers.json"
 PICTURES = Path(__file__).resolve().parent.parent.parent / "docs"
 LEADERS = 2
-
-Ceilings = dict[str, dict[str, float]]
 
 # Sockets of 1,024 clients, at both ends.
 _FILES = 20_000
@@ -42,7 +41,7 @@ def main() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(_FILES, most), most))
     pace = QUICK if args.quick else FULL
-    rounds = args.rounds or (1 if args.quick else 5)
+    rounds = args.rounds if args.rounds is not None else 0 if args.quick else 5
     machine = describe()
     print("\n".join(f"{key}: {value}" for key, value in machine.items()), flush=True)
     absent = _install(args.only)
@@ -51,11 +50,12 @@ def main() -> None:
     taken: list[Row] = []
     began = time.monotonic()
     for name in args.workloads:
-        rows, ceilings = _rounds(prepare(WORKLOADS[name]), names, rounds, pace, args.quick)
+        rows, ceilings = _rounds(prepare(WORKLOADS[name]), names, rounds, pace, is_quick=args.quick)
         taken += rows
         measured[name] = {
             "commit": machine["commit"],
-            "ceilings": report.median_of(ceilings) if ceilings else {},
+            "ceilings": report.median_of(list(ceilings.values())),
+            "ceilings_by_round": ceilings,
             "rows": better_waits(medians(row for row in rows if "error" not in row)),
             "errors": [row for row in rows if "error" in row],
         }
@@ -90,7 +90,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", metavar="NAME,…", help=f"systems: {', '.join(known)}")
     parser.add_argument("--workloads", metavar="NAME,…", help=f"of {', '.join(WORKLOADS)}")
     parser.add_argument("--record", action="store_true", help="with workloads: write these, keep the others")
-    parser.add_argument("--rounds", type=int, help="rounds of which the median counts (default: 5)")
+    parser.add_argument(
+        "--rounds", type=int, help="head-to-head rounds, of which the median counts (default: 5; quick: 0)"
+    )
     parser.add_argument(
         "--output",
         metavar="FOLDER",
@@ -125,31 +127,31 @@ def _install(names: list[str]) -> dict[str, str]:
 
 
 def _rounds(
-    prepared: Prepared, names: list[str], rounds: int, pace: Pace, is_quick: bool
-) -> tuple[list[Row], list[Ceilings]]:
+    prepared: Prepared, names: list[str], rounds: int, pace: Pace, *, is_quick: bool
+) -> tuple[list[Row], dict[str, Ceilings]]:
     workload = prepared.workload
     everyone = variants(workload, names, is_quick)
     print(f"\n{workload.what}", flush=True)
-    rows = [row for system, wait_ms in everyone for row in _one(prepared, system, wait_ms, pace)]
-    ceilings = [_ceilings(prepared, pace)]
-    if workload.name == "memory" or rounds == 1:
-        return rows, ceilings  # bytes do not vary from round to round
+    rows = [row for system, wait_ms in everyone for row in _one(prepared, system, wait_ms, pace, FIRST)]
+    if workload.name == "memory" or not rounds:  # bytes do not vary from round to round
+        return rows, {FIRST: _ceilings(prepared, pace)}
     deciding = workload.deciding or workload.levels
     measured = [row for row in rows if "error" not in row and row["in_flight"] in deciding]
     leading = contenders(measured, LEADERS, "pool")
     by_name = {system.name: system for system in SYSTEMS}
     again = [(by_name[name], wait_ms) for name, wait_ms in leading]
     again += [(system, wait_ms) for system, wait_ms in everyone if system.name == "pool"]
-    for number in range(1, rounds):
+    ceilings = {}
+    for number in range(1, rounds + 1):
         # Forth and back: nobody always follows the same one.
         for system, wait_ms in again if number % 2 else reversed(again):
-            rows += _one(prepared, system, wait_ms, pace)
-        ceilings.append(_ceilings(prepared, pace))
+            rows += _one(prepared, system, wait_ms, pace, str(number))
+        ceilings[str(number)] = _ceilings(prepared, pace)
     return rows, ceilings
 
 
-def _one(prepared: Prepared, system: Any, wait_ms: float, pace: Pace) -> list[Row]:
-    rows = measure(prepared, system, wait_ms, pace)
+def _one(prepared: Prepared, system: Any, wait_ms: float, pace: Pace, number: str) -> list[Row]:
+    rows = [row | {"round": number} for row in measure(prepared, system, wait_ms, pace)]
     for row in rows:
         print(f"  {report.line(row)}", flush=True)
     return rows

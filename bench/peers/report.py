@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
-from bench.peers.summary import FULL, Row
+from bench.peers.summary import FULL, Row, ratio, share, spread
 from bench.readme import PEERS_BEGIN, PEERS_END
 
 OWN = "pool"
@@ -53,9 +53,9 @@ def render(results: Results) -> str:
     """Everything, in Markdown, with the README's marks around it."""
     parts = [
         f"{results['machine']}; {results['system']}; {results['libraries']}. {results['date']}, commits "
-        f"{commits(results)}. Medians of {results['rounds']} alternating rounds for pool, whoever leads "
-        "somewhere, and the ceilings; one round for the others; the better of a 2 ms batch wait and none is "
-        "shown.",
+        f"{commits(results)}. Medians of {results['rounds']} head-to-head rounds for pool, whoever leads "
+        "somewhere in a round of all, and the ceilings; that one round for the others; the better of a 2 ms "
+        "batch wait and none is shown. Ratios are medians of those within rounds.",
         *_goals(results),
         *_throughput(results, "mlp", "MLP 784-256-10: requests/s (p99 ms)", 256),
         *_throughput(results, "mobilenet", "MobileNetV2 224x224x3: images/s (p99 ms)", 32),
@@ -205,91 +205,82 @@ def _goals(results: Results) -> Iterator[str]:
 def goals(results: Results) -> Iterator[list[str]]:
     """What was asked for: words, what it came to, the goal; only what was measured."""
 
-    def pair(
-        workload: str, figure: str, least: bool, among: Callable[[Row], bool] = lambda _: True, **where: int
-    ) -> tuple[float, Row] | None:
-        rows = [
-            row
-            for row in of(results, workload)
-            if all(row[key] == value for key, value in where.items()) and row.get(figure) is not None
+    def rows(workload: str, **where: int) -> tuple[Row | None, list[Row]]:
+        """Pool's, and those of the others."""
+        found = [
+            row for row in of(results, workload) if all(row[key] == value for key, value in where.items())
         ]
-        own = [row for row in rows if row["system"] == OWN]
-        peers = [row for row in rows if row["system"] != OWN and among(row) and not math.isnan(row[figure])]
-        if not own or not peers:
-            return None
-        best = (min if least else max)(peers, key=lambda row: row[figure])
-        return own[0][figure], best
+        own = next((row for row in found if row["system"] == OWN), None)
+        return own, [row for row in found if row["system"] != OWN]
 
-    def ratio(
-        words: str, goal: float, at_least: bool, found: tuple[float, Row] | None, figure: str
+    def against(
+        words: str, goal: float, is_rate: bool, figure: str, own: Row | None, peers: Sequence[Row]
     ) -> list[str]:
-        if found is None:
+        """The ratio with the peer that comes off best in it."""
+        if own is None:
             return []
-        own, best = found
-        value = own / best[figure] if best[figure] else math.inf
-        return [words, f"{value:.2f}x ({best['system']})", _goal(goal, at_least, value)]
+        ratios = [(ratio(own, peer, figure), peer["system"]) for peer in peers]
+        known = [(value, name) for value, name in ratios if value is not None]
+        if not known:
+            return []
+        value, name = (min if is_rate else max)(known)
+        return [words, f"{value:.2f}x ({name})", _goal(goal, is_rate, value)]
 
-    def share(words: str, goal: float, value: float | None, at_least: bool = True) -> list[str]:
+    def plain(words: str, goal: float, value: float | None, at_least: bool = True) -> list[str]:
         return [] if value is None else [words, f"{value:.2f}", _goal(goal, at_least, value)]
 
-    def own(workload: str, figure: str, **where: int) -> float | None:
-        for row in of(results, workload):
-            if row["system"] == OWN and all(row[key] == value for key, value in where.items()):
-                value: float = row[figure]
-                return value
-        return None
+    def part(own: Row | None, name: str, figure: str, of_figure: str = "") -> float | None:
+        """Share of a ceiling."""
+        if own is None:
+            return None
+        by_round = results["workloads"][own["workload"]]["ceilings_by_round"]
+        return share(own, by_round, name, figure, of_figure)
 
-    def over(value: float | None, workload: str, name: str, figure: str) -> float | None:
-        below = ceilings(results, workload).get(name, {}).get(figure)
-        return value / below if value is not None and below else None
-
-    rate, cpu = "requests_per_s", "cpu_us"
-    yield ratio("MLP, 256 in flight: requests/s", 4, True, pair("mlp", rate, False, in_flight=256), rate)
-    cheap = pair("mlp", cpu, True, in_flight=256)
-    yield ratio("MLP, 256 in flight: server CPU per request", 1 / 3, False, cheap, cpu)
-    yield ratio("MLP, 1 in flight: p50", 1 / 3, False, pair("mlp", "p50_ms", True, in_flight=1), "p50_ms")
-    p50 = own("mlp", "p50_ms", in_flight=1)
-    alone = over(p50, "mlp", "bare", "documented_p50_ms")
-    yield share("MLP, 1 in flight: p50 against the call in-process", 1.6, alone, False)
-    busy = own("mlp", rate, in_flight=256)
+    rate = "requests_per_s"
+    own, peers = rows("mlp", in_flight=256)
+    yield against("MLP, 256 in flight: requests/s", 4, True, rate, own, peers)
+    yield against("MLP, 256 in flight: server CPU per request", 1 / 3, False, "cpu_us", own, peers)
+    alone, others = rows("mlp", in_flight=1)
+    yield against("MLP, 1 in flight: p50", 1 / 3, False, "p50_ms", alone, others)
+    called = part(alone, "bare", "p50_ms", "documented_p50_ms")
+    yield plain("MLP, 1 in flight: p50 against the call in-process", 1.6, called, False)
     # pool's client sends bundles: so does that of the loop it is compared with, by the faster of two ways.
-    loops = [over(busy, "mlp", name, rate) for name in ("naked loop bundled, line", "naked loop bundled")]
-    loop = min((value for value in loops if value is not None), default=None)
-    if loop is None and busy is not None:
+    names = ("naked loop bundled, line", "naked loop bundled")
+    loop = min((value for name in names if (value := part(own, name, rate)) is not None), default=None)
+    if loop is None and own is not None:
         yield ["MLP, 256 in flight: share of the naked loop", "not measured", "at least 0.70"]
-    yield share("MLP, 256 in flight: share of the naked loop", 0.7, loop)
+    yield plain("MLP, 256 in flight: share of the naked loop", 0.7, loop)
     for words, name in _PARTS:
-        part = over(busy, "mlp", name, rate)
-        yield [] if part is None else [f"  share of {words}", f"{part:.2f}", ""]
-    p99, mid = own("mlp", "p99_ms", in_flight=64), own("mlp", "p50_ms", in_flight=64)
-    yield share("MLP, 64 in flight: p99/p50", 3, None if not p99 or not mid else p99 / mid, False)
-    images = own("mobilenet", rate, in_flight=32)
-    yield share(
-        "MobileNetV2, 32 in flight: share of bare copies", 0.97, over(images, "mobilenet", "bare", rate)
-    )
-    yield ratio(
-        "MobileNetV2, 32 in flight: images/s", 1, True, pair("mobilenet", rate, False, in_flight=32), rate
-    )
-    is_threads = "PyTriton".__eq__
-    yield ratio(
-        "805 MB model, 4 workers: PSS against processes", 1 / 3, False,
-        pair("memory", "pss_mib", True, lambda row: not is_threads(row["system"]), workers=4), "pss_mib",
-    )  # fmt: skip
-    yield ratio(
-        "  against threads of one process", 1, False,
-        pair("memory", "pss_mib", True, lambda row: is_threads(row["system"]), workers=4), "pss_mib",
-    )  # fmt: skip
-    best = max((row["gb_per_s"] for row in of(results, "large") if row["system"] == OWN), default=None)
-    shm = [row for row in of(results, "large") if row["system"] == "Triton gRPC, shared memory"]
-    if best is not None and shm:
-        top = max(shm, key=lambda row: row["gb_per_s"])
-        yield ratio("25 MB requests: GB/s against Triton's shared memory", 1.5, True, (best, top), "gb_per_s")
-    yield share("  share of memcpy", 0.5, over(best, "large", "memcpy", "gb_per_s"))
-    yield ratio(
-        "worker SIGKILL: s to full service", 1 / 3, False, pair("kill", "recovery_s", True), "recovery_s"
-    )
-    lost = own("kill", "lost")
-    yield share("  requests lost", 0, lost, False)
+        value = part(own, name, rate)
+        yield [] if value is None else [f"  share of {words}", f"{value:.2f}", ""]
+    own, _ = rows("mlp", in_flight=64)
+    yield plain("MLP, 64 in flight: p99/p50", 3, spread(own) if own else None, False)
+    own, peers = rows("mobilenet", in_flight=32)
+    copies = part(own, "bare", rate)
+    yield plain("MobileNetV2, 32 in flight: share of bare copies", 0.97, copies)
+    yield against("MobileNetV2, 32 in flight: images/s", 1, True, rate, own, peers)
+    own, peers = rows("memory", workers=4)
+    processes = [row for row in peers if row["system"] != "PyTriton"]
+    threads = [row for row in peers if row["system"] == "PyTriton"]
+    pss = "pss_mib"
+    yield against("805 MB model, 4 workers: PSS against processes", 1 / 3, False, pss, own, processes)
+    yield against("  against threads of one process", 1, False, pss, own, threads)
+    own, peers = _best_levels(of(results, "large"), "gb_per_s")
+    regions = [row for row in peers if row["system"] == "Triton gRPC, shared memory"]
+    yield against("25 MB requests: GB/s against Triton's shared memory", 1.5, True, "gb_per_s", own, regions)
+    yield plain("  share of memcpy", 0.5, part(own, "memcpy", "gb_per_s"))
+    own, peers = rows("kill")
+    yield against("worker SIGKILL: s to full service", 1 / 3, False, "recovery_s", own, peers)
+    yield plain("  requests lost", 0, own["lost"] if own else None, False)
+
+
+def _best_levels(rows: Sequence[Row], figure: str) -> tuple[Row | None, list[Row]]:
+    """Of each system the row where it reaches most; pool's, and those of the others."""
+    best: dict[str, Row] = {}
+    for row in rows:
+        if row["system"] not in best or row[figure] > best[row["system"]][figure]:
+            best[row["system"]] = row
+    return best.pop(OWN, None), list(best.values())
 
 
 def _goal(goal: float, at_least: bool, value: float) -> str:

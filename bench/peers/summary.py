@@ -1,4 +1,9 @@
-"""What the rounds came to: medians, the better of two waits, times of recovery. Pure."""
+"""What the rounds came to: medians, ratios within rounds, the better of two waits, times of recovery. Pure.
+
+The first round is of everybody, and takes so long that the machine at its end is not the one of its
+beginning. Who leads in it goes through the *head-to-head* rounds, one after the other beside pool and the
+ceilings, and is told by these alone.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from statistics import median
 from typing import Any
 
 Row = dict[str, Any]
+Ceilings = dict[str, dict[str, float]]
 
 MEASURED = (
     "requests_per_s",
@@ -22,6 +28,11 @@ MEASURED = (
     "lost",
 )
 
+# Rounds are named by their number, as JSON names things.
+FIRST = "0"
+# What ratios are made of: kept round by round.
+COMPARED = ("requests_per_s", "p50_ms", "p99_ms", "cpu_us", "pss_mib", "gb_per_s", "recovery_s", "lost")
+
 # The rate of a second counts as full service from this share of the rate before on. One worker of two gives
 # half of it or a little more: by then the other must have worked for four fifths of the second.
 FULL = 0.9
@@ -29,7 +40,10 @@ _WINDOW_S = 1.0
 
 
 def medians(rows: Iterable[Row]) -> list[Row]:
-    """One row for all rounds of the same thing: medians, the sum of failures, and how many rounds."""
+    """One row for all rounds of the same thing: medians, figures by round, the sum of failures.
+
+    Of who was in head-to-head rounds, only these count.
+    """
     groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in rows:
         key = (row["workload"], row["system"], row["wait_ms"], row["workers"], row["in_flight"])
@@ -37,10 +51,13 @@ def medians(rows: Iterable[Row]) -> list[Row]:
     return [_median(group) for group in groups.values()]
 
 
-def _median(group: Sequence[Row]) -> Row:
+def _median(rows: Sequence[Row]) -> Row:
+    group = [each for each in rows if each["round"] != FIRST] or rows
     row = dict(group[0])
+    del row["round"]
     row["rounds"] = len(group)
-    row["failures"] = sum(each["failures"] for each in group)
+    row["failures"] = sum(each["failures"] for each in rows)
+    row["by_round"] = {name: {each["round"]: each[name] for each in rows} for name in COMPARED if name in row}
     for name in MEASURED:
         if name in row:
             # A round in which it never came counts as the worst.
@@ -48,6 +65,49 @@ def _median(group: Sequence[Row]) -> Row:
             value = median(sorted(values))
             row[name] = None if math.isinf(value) else value
     return row
+
+
+def ratio(own: Row, other: Row, figure: str) -> float | None:
+    """The median of the ratios within rounds; None if there is no round in which both were measured.
+
+    Of head-to-head rounds, if both were in any; or else of the first. What never came took infinitely long.
+    """
+    return _median_ratio(own["by_round"].get(figure, {}), other["by_round"].get(figure, {}))
+
+
+def spread(row: Row) -> float | None:
+    """The median of p99/p50 within rounds."""
+    return _median_ratio(row["by_round"]["p99_ms"], row["by_round"]["p50_ms"])
+
+
+def share(own: Row, ceilings: dict[str, Ceilings], name: str, figure: str, of: str = "") -> float | None:
+    """The same, of what the machine could do at most.
+
+    Args:
+        own: A row.
+        ceilings: By round.
+        name: Of the ceiling.
+        figure: Of the row.
+        of: Of the ceiling, if it is called otherwise.
+    """
+    found = {number: each[name][of or figure] for number, each in ceilings.items() if name in each}
+    return _median_ratio(own["by_round"].get(figure, {}), found)
+
+
+def _median_ratio(above: dict[str, Any], below: dict[str, Any]) -> float | None:
+    both = [number for number in above if number in below]
+    both = [number for number in both if number != FIRST] or both
+    found = [_quotient(_known(above[number]), _known(below[number])) for number in both]
+    found = [value for value in found if not math.isnan(value)]
+    return median(found) if found else None
+
+
+def _known(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def _quotient(above: float, below: float) -> float:
+    return above / below if below else math.inf
 
 
 def better_waits(rows: Iterable[Row]) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import socket
@@ -308,6 +309,7 @@ def _order(generation: Generation, worker: Worker, is_shared: bool) -> control.W
         allowed_batch_sizes=config.allowed_batch_sizes,
         is_lean=generation.report.is_lean,
         awake_s=config.awake_us / 1e6,
+        split_s=split_s(config, worker.placement),
         is_shared=is_shared,
         warm_up=tuple(
             control.WarmUp(signature, recipes[name], warm_up_rows(signature, config))
@@ -330,6 +332,17 @@ def private_bytes(pid: int) -> int:
     except (FileNotFoundError, ProcessLookupError):
         pass
     return 0
+
+
+def split_s(config: ModelConfig, placement: Placement) -> float:
+    """Longest run of a batch that a worker may try in pieces; 0 where it is not to.
+
+    A bout takes twice the time of a batch at most, and is to be far from too long. Never on a GPU: pieces
+    leave it empty.
+    """
+    if not config.split_batches or placement.gpu is not None:
+        return 0.0
+    return config.timeout_ms / 4000 if config.timeout_ms else math.inf
 
 
 def warm_up_rows(signature: Signature, config: ModelConfig) -> tuple[int, ...]:

@@ -145,6 +145,7 @@ class WorkerOrder(msgspec.Struct, frozen=True):
     warm_up: tuple[WarmUp, ...]
     is_lean: bool = False  # `Backend.load`
     awake_s: float = 0.0  # how long it stays awake for the next batch before it sleeps
+    split_s: float = 0.0  # longest run of a batch that is tried in pieces; 0 for never
     is_shared: bool = False  # other fronts than the one that started it may join
 
 

@@ -3,7 +3,8 @@
 It sleeps on its doorbell. A RUN names a slot; the worker aliases the slot's input regions as the
 framework's tensors, runs the signature, writes the outputs behind the inputs and rings back. What was
 bound for a (slot, layout, rows) is kept: the tensors alias the memory, so the next such batch costs one
-call. A model that raises costs a MODEL_ERROR message, never the process.
+call, or one for each piece where pieces are faster (`split`). A model that raises costs a MODEL_ERROR
+message, never the process.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import socket
 import time
 from bisect import bisect_left
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,13 +24,22 @@ from pool.backends import Array, BoundCall, Model, find_backend
 from pool.errors import ModelError, ModelLoadError, PoolError, TooLarge
 from pool.sample import sample_inputs
 from pool.shm import doorbell, weights
-from pool.shm.arena import Arena, BatchDescriptor, InputRegion, OutputPlace, align, encode_outputs
+from pool.shm.arena import (
+    ALIGN_BYTES,
+    Arena,
+    BatchDescriptor,
+    InputRegion,
+    OutputPlace,
+    align,
+    encode_outputs,
+)
 from pool.shm.control import WorkerOrder
 from pool.shm.doorbell import Message, Ring
 from pool.shm.loans import Borrowed, Place, read_places
 from pool.signature import ITEM_BYTES, Signature, dtype_name, numpy_dtype, row_items
 from pool.wire import encode_strings
 from pool.worker.fronts import serve_fronts
+from pool.worker.split import WHOLE, Split
 
 # Bound calls kept. 32 slots x 64 batch sizes are 2,048 for one layout; an entry is a few kB of tensor
 # handles. When more shapes than this come by, all are dropped and built again on demand.
@@ -69,11 +80,11 @@ def run_worker(order: WorkerOrder, doorbell_fd: int, loans_fd: int, arena_fd: in
     if joins_fd is not None:
 
         def make_runner(arena: Arena, borrowed: Borrowed) -> Runner:
-            return SharedRunner(model, arena, signatures, order.allowed_batch_sizes, borrowed)
+            return SharedRunner(model, arena, signatures, order.allowed_batch_sizes, borrowed, order.split_s)
 
         joins = socket.socket(fileno=joins_fd)
         return serve_fronts(sock, make_runner(arena, borrowed), joins, make_runner, order.awake_s)
-    runner = Runner(model, arena, signatures, order.allowed_batch_sizes, borrowed)
+    runner = Runner(model, arena, signatures, order.allowed_batch_sizes, borrowed, order.split_s)
     waiter = doorbell.Waiter(sock, order.awake_s)
     while True:
         message = waiter.next()
@@ -115,17 +126,43 @@ def _warm_up(order: WorkerOrder, model: Model) -> None:
                 ) from None
 
 
-class _Bound:
-    """A call bound to one slot region, and where its outputs went last time."""
+class _Plan:
+    """What is known of a layout, and how its batches are cut into pieces; None if they never are."""
 
-    __slots__ = ("call", "descriptor", "places", "shapes", "targets")
+    __slots__ = ("descriptor", "split")
 
-    def __init__(self, descriptor: BatchDescriptor, call: BoundCall | None) -> None:
+    def __init__(self, descriptor: BatchDescriptor, split: Split | None) -> None:
         self.descriptor = descriptor
-        self.call = call  # None when the inputs must be read anew each time (strings)
+        self.split = split
+
+
+class _Bound:
+    """Calls bound to one slot region, and where their outputs went last time.
+
+    Attributes:
+        descriptor: Of the batch.
+        call: Runs it; None when the inputs must be read anew each time (strings).
+        cuts: First row and end of each piece.
+        shapes: Of the outputs of the first piece, then of the second, and so on.
+        targets: Where they go.
+        places: The same of whole outputs, encoded.
+    """
+
+    __slots__ = ("call", "cuts", "descriptor", "places", "shapes", "targets")
+
+    def __init__(
+        self, descriptor: BatchDescriptor, call: BoundCall | None, cuts: list[tuple[int, int]]
+    ) -> None:
+        self.descriptor = descriptor
+        self.call = call
+        self.cuts = cuts
         self.shapes: list[tuple[int, ...]] = []
         self.targets: list[Array] = []
         self.places = b""
+
+
+class _Uneven(Exception):
+    """The outputs of pieces do not make up that of a batch."""
 
 
 class Runner:
@@ -137,6 +174,7 @@ class Runner:
         signatures: By name, as the loader settled them.
         allowed_batch_sizes: Sizes to pad batches up to, rising; empty for none.
         borrowed: Regions of clients.
+        split_s: Longest run of a batch that pieces are tried with; 0 for never.
     """
 
     def __init__(
@@ -146,15 +184,17 @@ class Runner:
         signatures: dict[str, Signature],
         allowed_batch_sizes: tuple[int, ...],
         borrowed: Borrowed,
+        split_s: float = 0.0,
     ) -> None:
         self._model = model
         self._borrowed = borrowed
         self._arena = arena
         self._signatures = signatures
         self._allowed = allowed_batch_sizes
-        self._descriptors: dict[int, BatchDescriptor] = {}  # by layout
-        # By slot, layout, rows with padding, and where the inputs lie if that is not in the slot.
-        self._bound: dict[tuple[int, int, int, tuple[Place, ...]], _Bound] = {}
+        self._split_s = split_s
+        self._plans: dict[int, _Plan] = {}  # by layout
+        # By slot, layout, rows with padding, rows a call, and where the inputs lie if not in the slot.
+        self._bound: dict[tuple[int, int, int, int, tuple[Place, ...]], _Bound] = {}
 
     def run(self, message: Message) -> Message:
         """Run one batch; gives the answer to ring back. Never raises for what a model does."""
@@ -162,23 +202,25 @@ class Runner:
         slot, rows = message.slot, message.rows
         kind, text = Ring.DONE, ""
         try:
-            descriptor = self._descriptor(slot, message.layout)
+            plan = self._plan(slot, message.layout)
+            descriptor, split = plan.descriptor, plan.split
             padded = self._padded(rows, descriptor)
             lent: tuple[Place, ...] = ()
             if message.kind == Ring.RUN_LENT:
                 lent = read_places(self._arena.slots[slot], len(descriptor.inputs))
             elif padded > rows:
                 self._pad(slot, descriptor, rows, padded)
-            bound = self._bound.get((slot, message.layout, padded, lent))
-            if bound is None:
-                bound = self._bind(slot, descriptor, padded, lent)
-            if bound.call is not None:
-                outputs = bound.call()
-            else:
-                arrays = self._inputs(slot, descriptor, rows, padded, ())
-                outputs = self._model.bind(descriptor.signature, arrays)()
-            places = self._write(slot, bound, outputs, padded)
-            self._arena.write_run_record(slot, started_ns, time.monotonic_ns(), places)
+            size = split.choose(padded) if split is not None else WHOLE
+            try:
+                places = self._run(slot, descriptor, rows, padded, size, lent)
+            except _Uneven:
+                assert split is not None, "pieces without a split"
+                split.forbid()
+                places = self._run(slot, descriptor, rows, padded, WHOLE, lent)
+            ended_ns = time.monotonic_ns()
+            self._arena.write_run_record(slot, started_ns, ended_ns, places)
+            if split is not None:
+                split.learn(padded, size, (ended_ns - started_ns) * 1e-9)
         except ModelError as e:
             kind, text = Ring.MODEL_ERROR, e.message
         except TooLarge as e:
@@ -187,16 +229,40 @@ class Runner:
             kind, text = Ring.MODEL_ERROR, f"{type(e).__name__}: {e}"
         return Message(kind, slot, rows, message.generation, message.layout, text)
 
+    def _run(
+        self,
+        slot: int,
+        descriptor: BatchDescriptor,
+        rows: int,
+        padded: int,
+        size: int,
+        lent: tuple[Place, ...],
+    ) -> bytes:
+        """Run a batch, so many rows a call, and write its outputs; gives their encoded places.
+
+        Raises:
+            _Uneven: the pieces do not make up a batch.
+        """
+        bound = self._bound.get((slot, descriptor.layout, padded, size, lent))
+        if bound is None:
+            bound = self._bind(slot, descriptor, padded, size, lent)
+        if bound.call is not None:
+            outputs = bound.call()
+        else:
+            arrays = self._inputs(slot, descriptor, rows, padded, ())
+            outputs = self._model.bind(descriptor.signature, arrays)()
+        return self._write(slot, bound, outputs, padded)
+
     def give_back(self, number: int) -> None:
         """Let go of a client's region."""
-        for key in [key for key in self._bound if any(place.number == number for place in key[3])]:
+        for key in [key for key in self._bound if any(place.number == number for place in key[4])]:
             del self._bound[key]
         self._borrowed.give_back(number)
 
     def close(self) -> None:
         """Forget the arena and all that lies in it: its front has ended."""
         self._bound.clear()
-        self._descriptors.clear()
+        self._plans.clear()
         self._borrowed.close()
         self._arena.close()
 
@@ -210,25 +276,41 @@ class Runner:
         at = bisect_left(self._allowed, rows)
         return self._allowed[at] if at < len(self._allowed) else rows
 
-    def _descriptor(self, slot: int, layout: int) -> BatchDescriptor:
-        found = self._descriptors.get(layout)
+    def _plan(self, slot: int, layout: int) -> _Plan:
+        found = self._plans.get(layout)
         if found is None:
-            found = self._arena.read_descriptor(slot)
-            assert found.layout == layout, "doorbell and slot disagree on the layout"
-            if len(self._descriptors) >= _BOUND_MAX:
-                self._descriptors.clear()
-            self._descriptors[layout] = found
+            descriptor = self._arena.read_descriptor(slot)
+            assert descriptor.layout == layout, "doorbell and slot disagree on the layout"
+            if len(self._plans) >= _BOUND_MAX:
+                self._plans.clear()
+            found = self._plans[layout] = _Plan(descriptor, self._split(descriptor))
         return found
 
-    def _bind(self, slot: int, descriptor: BatchDescriptor, padded: int, lent: tuple[Place, ...]) -> _Bound:
+    def _split(self, descriptor: BatchDescriptor) -> Split | None:
+        if not self._split_s or not descriptor.batched or _has_strings(descriptor):
+            return None
+        return Split(partial(_may_be_cut, descriptor, self._allowed), self._split_s)
+
+    def _bind(
+        self, slot: int, descriptor: BatchDescriptor, padded: int, size: int, lent: tuple[Place, ...]
+    ) -> _Bound:
         if len(self._bound) >= _BOUND_MAX:
             self._bound.clear()
+        step = size or max(padded, 1)
+        cuts = [(at, min(at + step, padded)) for at in range(0, padded, step)]
         if _has_strings(descriptor):
-            bound = _Bound(descriptor, None)
+            bound = _Bound(descriptor, None, cuts)
         else:
             arrays = self._inputs(slot, descriptor, padded, padded, lent)
-            bound = _Bound(descriptor, self._model.bind(descriptor.signature, arrays))
-        self._bound[slot, descriptor.layout, padded, lent] = bound
+            bind = self._model.bind
+            if size == WHOLE:
+                call = bind(descriptor.signature, arrays)
+            else:
+                call = _one_by_one(
+                    [bind(descriptor.signature, [array[a:b] for array in arrays]) for a, b in cuts]
+                )
+            bound = _Bound(descriptor, call, cuts)
+        self._bound[slot, descriptor.layout, padded, size, lent] = bound
         return bound
 
     def _inputs(
@@ -284,6 +366,8 @@ class Runner:
         descriptor = bound.descriptor
         signature = self._signatures[descriptor.signature]
         at = descriptor.outputs_offset
+        if len(bound.cuts) > 1:
+            outputs = _joined(outputs, bound.cuts)
         places: list[OutputPlace] = []
         targets: list[Array] = []
         total = sum(_payload_bytes(output) for output in outputs)
@@ -314,6 +398,8 @@ class Runner:
             at += size
         encoded = encode_outputs(places)
         if len(targets) == len(outputs):  # strings change size from run to run
+            if len(bound.cuts) > 1:
+                targets = [target[a:b] for a, b in bound.cuts for target in targets]
             bound.targets, bound.places = targets, encoded
             bound.shapes = [target.shape for target in targets]
         return encoded
@@ -334,6 +420,40 @@ class SharedRunner(Runner):
 
 def _has_strings(descriptor: BatchDescriptor) -> bool:
     return any(region.dtype == "string" for region in descriptor.inputs)
+
+
+def _may_be_cut(descriptor: BatchDescriptor, allowed: tuple[int, ...], size: int) -> bool:
+    """Whether all pieces of so many rows begin aligned, and the model may see them and what is left over."""
+    if any(size * region.row_bytes % ALIGN_BYTES for region in descriptor.inputs):
+        return False
+    return not allowed or (size in allowed and not any(rows % size for rows in allowed if rows > size))
+
+
+def _one_by_one(calls: list[BoundCall]) -> BoundCall:
+    """A call of all of them; gives the outputs of the first, then those of the second, and so on."""
+
+    def run() -> list[Array]:
+        return [output for call in calls for output in call()]
+
+    return run
+
+
+def _joined(outputs: list[Array], cuts: list[tuple[int, int]]) -> list[Array]:
+    """Whole outputs from those of pieces.
+
+    Raises:
+        _Uneven: they differ in more than what a batch has more rows of.
+    """
+    count = len(outputs) // len(cuts)
+    joined = []
+    for index in range(count):
+        parts = outputs[index::count]
+        first = parts[0]
+        for part, (begin, end) in zip(parts, cuts, strict=True):
+            if part.dtype != first.dtype or part.shape != (end - begin, *first.shape[1:]):
+                raise _Uneven
+        joined.append(np.concatenate(parts))
+    return joined
 
 
 def _as_bytes(item: Any) -> bytes:
