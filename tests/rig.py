@@ -26,7 +26,7 @@ from pool.shm.control import LoadReport
 from pool.shm.doorbell import Message, Ring
 from pool.signature import Signature, TensorSpec
 from pool.wire import PredictMeta, TensorMeta
-from pool.worker.loop import Runner
+from pool.worker.runner import Runner
 
 Array = np.ndarray[Any, Any]
 

@@ -17,7 +17,7 @@ from pool.shm.doorbell import Message, Ring
 from pool.shm.loans import Borrowed
 
 if TYPE_CHECKING:
-    from pool.worker.loop import Runner
+    from pool.worker.runner import Runner
 
 MakeRunner = Callable[[Arena, Borrowed], "Runner"]
 
