@@ -139,14 +139,18 @@ def _rounds(
     measured = [row for row in rows if "error" not in row and row["in_flight"] in deciding]
     leading = contenders(measured, LEADERS, "pool")
     by_name = {system.name: system for system in SYSTEMS}
-    again = [(by_name[name], wait_ms) for name, wait_ms in leading]
+    # Pool has its strongest rival on one side and the ceilings on the other, forth and back.
+    again = [(by_name[name], wait_ms) for name, wait_ms in reversed(leading)]
     again += [(system, wait_ms) for system, wait_ms in everyone if system.name == "pool"]
     ceilings = {}
-    for number in range(1, rounds + 1):
-        # Forth and back: nobody always follows the same one.
-        for system, wait_ms in again if number % 2 else reversed(again):
-            rows += _one(prepared, system, wait_ms, pace, str(number))
-        ceilings[str(number)] = _ceilings(prepared, pace)
+    for number in map(str, range(1, rounds + 1)):
+        is_forth = int(number) % 2 == 1
+        if not is_forth:
+            ceilings[number] = _ceilings(prepared, pace)
+        for system, wait_ms in again if is_forth else reversed(again):
+            rows += _one(prepared, system, wait_ms, pace, number)
+        if is_forth:
+            ceilings[number] = _ceilings(prepared, pace)
     return rows, ceilings
 
 

@@ -101,7 +101,7 @@ WORKLOADS = {
         ),
         Workload(
             "mobilenet", "MobileNetV2 224x224x3, one image a request", _test_model("mobilenet"), _IMAGE, 8,
-            (1, 4, 16, 32), workers=(_CORES,), is_wait_tried=True, deciding=(32,), length=2.0,
+            (1, 4, 16, 32), workers=(_CORES,), is_wait_tried=True, deciding=(32,), length=3.0,
         ),
         Workload(
             "memory", "805 MB model, memory of the whole tree", _test_model("big"), (4096,), 8,
