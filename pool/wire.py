@@ -50,9 +50,11 @@ REFERENCE = struct.Struct("<16sQQ")
 
 # What the two say on the socket beside an ipc endpoint (section 7.2). The client: magic, version, size of the
 # region whose descriptor comes along. The server: magic, version, token, most bytes of a region; or an ERROR.
+# The magic says who writes: the client its tensors, or the server its answers (a *room*, section 7.4).
 REGION_OFFER = struct.Struct("<4sIQ")
 REGION_GRANT = struct.Struct("<4sI16sQ")
 REGION_MAGIC = b"plrg"
+ROOM_MAGIC = b"plro"
 REGION_VERSION = 1
 TOKEN_BYTES = 16
 
@@ -86,8 +88,9 @@ class Flag(enum.IntFlag):
     WHOLE = 0x0001  # RESULT: the shapes are whole tensors, not rows of a batch
     BUNDLE = 0x0002  # PREDICT, RESULT, ERROR: the message stands for several (section 3.9)
     PRIORITY = 0x0004  # PREDICT: the priority byte is meant; without it the model's default holds
-    REGION = 0x0008  # PREDICT: the tensor frames say where in a region the tensors lie (section 7)
+    REGION = 0x0008  # PREDICT, RESULT: the tensor frames say where in a region the tensors lie (section 7)
     TIMELINE = 0x0010  # PREDICT, RESULT: the reply's meta has the time line (section 3.11)
+    ROOM = 0x0020  # PREDICT: one more frame says where in a room the answer may be put (section 7.4)
 
 
 def head(kind: Kind, flags: int = 0, priority: int = 0) -> bytes:

@@ -17,7 +17,7 @@ from pool import AsyncClient, Client, wire
 from pool.client import region
 from pool.client.region import Regions, Space
 from pool.endpoints import side_path
-from pool.errors import Unavailable
+from pool.errors import Unavailable, WireError
 from pool.front import regions as front
 from pool.front.doorway import Doorway
 from pool.wire import REFERENCE, Flag, Header, Kind
@@ -105,7 +105,7 @@ def reply(id_):
 async def regions_of(endpoint):
     """A client's regions, and the front's."""
     there = front.Regions()
-    door = Doorway({wire.REGION_MAGIC: there.take})
+    door = Doorway({wire.REGION_MAGIC: there.take, wire.ROOM_MAGIC: there.take})
     with bound(endpoint):
         door.listen(endpoint)
     here = Regions(side_path(endpoint))
@@ -128,7 +128,7 @@ async def granted(here, size=LARGE):
     for id_ in range(1 << 40, (1 << 40) + 10):
         frames = request(id_, size)
         if here.place(frames) is not frames:
-            here.answered(reply(id_))
+            here.answered([reply(id_)])
             return
         await turn()
     raise AssertionError("no region")
@@ -175,9 +175,9 @@ def test_a_block_is_used_again_when_the_reply_came_and_not_before(endpoint):
             await granted(here)
             first = offset_of(here.place(request(1)))
             assert offset_of(here.place(request(2))) != first
-            here.answered(reply(9))  # of a request that was not placed
+            here.answered([reply(9)])  # of a request that was not placed
             assert offset_of(here.place(request(3))) != first
-            here.answered(reply(1))
+            here.answered([reply(1)])
             assert offset_of(here.place(request(4))) == first
 
     asyncio.run(go())
@@ -197,7 +197,7 @@ def test_memory_grows_with_what_is_in_flight_up_to_its_bound(endpoint, monkeypat
             assert there.describe()["bytes"] == 4 << 20
             assert placed == (4 << 20) // LARGE
             for id_ in range(1, 60):
-                here.answered(reply(id_))
+                here.answered([reply(id_)])
             assert not here.live
             frames = request(99, 5 << 20)
             assert here.place(frames) is frames, "more than the bound"
@@ -226,7 +226,7 @@ def test_an_id_that_is_in_use_is_not_placed_twice(endpoint):
             frames = request(1)
             assert here.place(frames) is not frames
             assert here.place(frames) is frames
-            here.answered(reply(1))
+            here.answered([reply(1)])
             frames = request(2, region._REGION_MIN_BYTES)
             assert here.place(frames) is not frames, "all of it is free"
 
@@ -245,10 +245,10 @@ def test_what_was_not_used_for_long_is_given_back(endpoint, monkeypatch):
             here.trim()
             await turn()
             assert there.describe()["open"] == 1, "a request is under way"
-            here.answered(reply(1))
+            here.answered([reply(1)])
             here.trim()
             await turn()
-            assert there.describe() == {"open": 0, "bytes": 0, "requests": 0}
+            assert there.describe() == {"open": 0, "bytes": 0, "requests": 0, "answers": 0}
             await granted(here)  # and made again when wanted
 
     asyncio.run(go())
@@ -277,6 +277,113 @@ def test_the_memory_of_a_closed_client_is_gone_at_once(endpoint):
             await turn()
             assert there.describe()["open"] == 0
             assert not regions_mapped()
+
+    asyncio.run(go())
+
+
+# -- room for answers --------------------------------------------------------------------------------
+
+
+def result(id_, *tensors, flags=0):
+    return [wire.encode_header(Header(Kind.RESULT, id_, b"meta", rows=1, flags=flags)), *tensors]
+
+
+async def with_room(here, id_):
+    """Place requests whose answers are large until one has room."""
+    for other in range(1 << 41, (1 << 41) + 10):
+        frames = here.place(request(other))
+        if len(frames) == 3:
+            here.answered(result(other, bytes(LARGE)))
+            break
+        here.answered(result(other, bytes(LARGE)))
+        await turn()
+    return here.place(request(id_))
+
+
+def test_a_request_like_one_whose_answer_was_large_brings_room_for_as_much(endpoint):
+    async def go():
+        async with regions_of(endpoint) as (here, there):
+            await granted(here)
+            header, _, room = await with_room(here, 1)
+            assert wire.decode_header(header).flags == Flag.REGION | Flag.ROOM
+            assert REFERENCE.unpack(room)[2] == LARGE
+            assert len(there.find_room(memoryview(room))[2]) == LARGE
+            assert there.describe()["open"] == 2
+            other = [header.replace(b"meta", b"more") for header in request(2)[:1]] + request(2)[1:]
+            assert len(here.place(other)) == 2, "nothing is known of its answer"
+
+    asyncio.run(go())
+
+
+def test_an_answer_in_its_room_is_copied_from_there_and_the_room_used_again(endpoint):
+    async def go():
+        async with regions_of(endpoint) as (here, there):
+            await granted(here)
+            rooms = []
+            for id_ in (1, 2):
+                _, _, reference = await with_room(here, id_)
+                token, offset, memory = there.find_room(memoryview(reference))
+                memory[:3], memory[64:66] = b"abc", b"de"
+                references = [REFERENCE.pack(token, offset, 3), REFERENCE.pack(token, offset + 64, 2)]
+                header, *tensors = here.answered(result(id_, *references, flags=Flag.REGION | Flag.WHOLE))
+                assert tensors == [b"abc", b"de"]
+                assert wire.decode_header(header).flags == Flag.WHOLE
+                memory[:3] = b"xyz"
+                assert tensors[0] == b"abc", "their owner's alone"
+                rooms.append(offset)
+            assert rooms[0] == rooms[1]
+            assert not here.live
+
+    asyncio.run(go())
+
+
+def test_room_that_was_not_used_is_free_again(endpoint):
+    async def go():
+        async with regions_of(endpoint) as (here, _):
+            await granted(here)
+            _, _, first = await with_room(here, 1)
+            here.answered(result(1, bytes(8)))
+            _, _, second = here.place(request(2))
+            assert second == first
+            here.answered([wire.encode_error(2, Unavailable("no"))])
+            _, _, third = here.place(request(3))
+            assert third == first
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    ("reference", "sentence"),
+    [
+        (lambda token, at: REFERENCE.pack(token[::-1], at, 1), "beyond the room"),
+        (lambda token, at: REFERENCE.pack(token, at - 1, 1), "beyond the room"),
+        (lambda token, at: REFERENCE.pack(token, at, LARGE + 1), "beyond the room"),
+        (lambda token, _: REFERENCE.pack(token, 2**64 - 1, 2), "beyond the room"),
+        (lambda token, at: REFERENCE.pack(token, at, 1)[1:], "a reference of 31 bytes; wanted 32"),
+    ],
+)
+def test_a_server_that_refers_to_something_else_is_not_believed(endpoint, reference, sentence):
+    async def go():
+        async with regions_of(endpoint) as (here, _):
+            await granted(here)
+            await with_room(here, 1)
+            here.answered(result(1, bytes(8)))
+            here.place(request(2, fill=2))  # below it, so that there is something before it
+            _, _, room = here.place(request(3))
+            token, at, _ = REFERENCE.unpack(room)
+            with pytest.raises(WireError, match=sentence):
+                here.answered(result(3, reference(token, at), flags=Flag.REGION))
+
+    asyncio.run(go())
+
+
+def test_a_server_that_was_given_no_room_cannot_have_put_anything_there(endpoint):
+    async def go():
+        async with regions_of(endpoint) as (here, _):
+            await granted(here)
+            here.place(request(1))
+            with pytest.raises(WireError, match="which its request had not"):
+                here.answered(result(1, REFERENCE.pack(bytes(16), 0, 1), flags=Flag.REGION))
 
     asyncio.run(go())
 

@@ -156,7 +156,12 @@ def test_a_region_is_read_where_a_reference_says(in_front):
         got = front.resolve(*[REFERENCE.pack(token, *span) for span in spans])
         assert [bytes(view) for view in got] == [data[at : at + size] for at, size in spans]
         assert all(view.readonly for view in got)
-        assert front.regions.describe() == {"open": 1, "bytes": 3 * PAGE, "requests": 1}
+        assert front.regions.describe() == {
+            "open": 1,
+            "bytes": 3 * PAGE,
+            "requests": 1,
+            "answers": 0,
+        }
         sock.close()
 
     in_front(go)

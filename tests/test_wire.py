@@ -70,6 +70,13 @@ TIMED_Y = TimedResultMeta(
 )
 
 TOKEN = bytes(range(wire.TOKEN_BYTES))
+ROOM_TOKEN = bytes(range(wire.TOKEN_BYTES, 2 * wire.TOKEN_BYTES))
+
+
+def reference(token, offset, size):
+    """A reference, as if it were a tensor of bytes."""
+    return np.frombuffer(wire.REFERENCE.pack(token, offset, size), np.uint8), "uint8"
+
 
 # Name of the box: header without meta, what the meta says, and the arrays with their dtypes.
 GOLDEN = {
@@ -107,7 +114,17 @@ GOLDEN = {
     "PREDICT region": (
         Header(Kind.PREDICT, 1, b"", millis=60_000, rows=2, flags=Flag.REGION),
         DEFAULT_X,
-        [(np.frombuffer(wire.REFERENCE.pack(TOKEN, 4096, 24), np.uint8), "uint8")],
+        [reference(TOKEN, 4096, 24)],
+    ),
+    "PREDICT region and room": (
+        Header(Kind.PREDICT, 1, b"", millis=60_000, rows=2, flags=Flag.REGION | Flag.ROOM),
+        DEFAULT_X,
+        [reference(TOKEN, 4096, 24), reference(ROOM_TOKEN, 64, 64)],
+    ),
+    "RESULT room": (
+        Header(Kind.RESULT, 1, b"", rows=2, flags=Flag.REGION),
+        Y,
+        [reference(ROOM_TOKEN, 64, 8)],
     ),
     "RESULT": (Header(Kind.RESULT, 1, b"", rows=2), Y, [(np.array([6, 15], np.float32), "float32")]),
     "RESULT whole": (
@@ -195,6 +212,7 @@ def test_documented_packets():
     (live,) = documented_messages()["LIVE"]
     assert found == {
         "offer": wire.REGION_OFFER.pack(wire.REGION_MAGIC, wire.REGION_VERSION, 1 << 20),
+        "offer of a room": wire.REGION_OFFER.pack(wire.ROOM_MAGIC, wire.REGION_VERSION, 1 << 20),
         "grant": wire.REGION_GRANT.pack(wire.REGION_MAGIC, wire.REGION_VERSION, TOKEN, 1 << 30),
         "hello": packets.HELLO.pack(packets.LINE_MAGIC, packets.LINE_VERSION),
         "welcome": packets.WELCOME.pack(packets.LINE_MAGIC, packets.LINE_VERSION, packets.REQUEST_MAX_BYTES),

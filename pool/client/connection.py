@@ -252,7 +252,7 @@ class Connection:
         try:
             self._queue(placed)
         except zmq.Again:
-            self.regions.answered(placed[0])
+            self.regions.answered(placed)
             raise
 
     def cancel(self, frames: Sequence[Frame]) -> None:
@@ -298,9 +298,7 @@ class Connection:
             if self._looks % _SOCKET_EVERY or not self.has_message():
                 message = self.line.receive()
                 if message is not None:
-                    if self.regions.live:
-                        self.regions.answered(message[0])
-                    return message
+                    return list(self.regions.answered(message)) if self.regions.live else message
                 if self._is_quiet and not self.line.is_lost:
                     raise zmq.Again  # `wait` comes before any news of ZeroMQ
                 if not self.has_message():  # to be told by an exception costs five times as much
@@ -310,17 +308,18 @@ class Connection:
         # nothing else has any. Frames, which do know, cost 0.4 µs more each, and asking the socket 0.7 µs.
         receive = self.socket.recv
         header = receive(_NOBLOCK)
-        if self.regions.live:
-            self.regions.answered(header)
         if header[3:4] != _RESULT and header[: wire.HEAD_BYTES] != _ERROR_BUNDLE_HEAD:
-            return [header]
-        frames: list[Frame] = [header]
+            frames: list[Frame] = [header]
+            if self.regions.live:
+                self.regions.answered(frames)
+            return frames
+        frames = [header]
         try:
             while True:
                 frame = receive(_NOBLOCK, False)
                 frames.append(frame)
                 if not frame.more:
-                    return frames
+                    return list(self.regions.answered(frames)) if self.regions.live else frames
         except zmq.Again:
             raise WireError("the server sent a RESULT without tensors or a bundle without a table") from None
 

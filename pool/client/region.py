@@ -1,4 +1,4 @@
-"""Memory a client shares with a server on this machine, so that its tensors need no socket. Client process.
+"""Memory a client shares with a server on this machine, so that tensors need no socket. Client process.
 
 A *region* is a memfd that was passed to the front once (`docs/wire.md` 7). A request of `SHARE_BYTES` or
 more is copied into a block of one, and its message only says where: instead of the kernel's two copies,
@@ -11,6 +11,10 @@ request travels as it is.
 
 The copy is made when the message is queued; a region begins with the second large request of a
 connection, and is asked for without waiting: until it is granted, messages go as they are.
+
+Answers come back the same way. A request like one whose answer was large brings *room* for its own, a block
+of a region that the front may write to; what it wrote there is copied once more. (Arrays that lie in shared
+memory would be cheaper, and not their owner's alone: a fork would have the same ones.)
 """
 
 from __future__ import annotations
@@ -23,13 +27,13 @@ import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from pool import wire
-from pool.client.route import Frame
+from pool.client.route import Frame, remember
 from pool.errors import PoolError, Unavailable, WireError
 from pool.shm.memory import available_bytes
 from pool.wire import Flag, Kind
@@ -38,8 +42,9 @@ from pool.wire import Flag, Kind
 # front's fast path, which is not for regions, saves more than the copies cost.
 SHARE_BYTES = 128 << 10
 
-# Of all regions of a connection. What is in flight beyond it goes in messages: the caller, who holds the
-# arrays of all these requests as well, shall not be taken much more memory than they have themselves.
+# Of all regions of a connection, and of all its rooms. What is in flight beyond it goes in messages: the
+# caller, who holds the arrays of all these requests as well, shall not be taken much more memory than they
+# have themselves.
 REGIONS_MAX_BYTES = 256 << 20
 
 # A region is as large as those before it together, between these. The kernel needs 0.4 ms a MiB to make
@@ -55,11 +60,14 @@ _CHECK_S = 1.0
 _PAGE_BYTES = mmap.PAGESIZE
 _ALIGNMENT = 64  # of tensors in a block: what copies are fastest at
 _F_SEAL_FUTURE_WRITE = 0x0010  # <linux/fcntl.h>; not in Python 3.10's fcntl
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE
+_ROOM_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_SEALS = _ROOM_SEALS | _F_SEAL_FUTURE_WRITE
 _ZEROS_BYTES = 1 << 20
 # Plain numbers, because those of a Python enum take long to join.
-_PREDICT, _REGION, _NOT_PLAIN = int(Kind.PREDICT), int(Flag.REGION), int(Flag.BUNDLE | Flag.REGION)
+_PREDICT, _RESULT = int(Kind.PREDICT), int(Kind.RESULT)
+_REGION, _ROOM, _NOT_PLAIN = int(Flag.REGION), int(Flag.ROOM), int(Flag.BUNDLE | Flag.REGION)
 _ID_END = wire.HEAD_BYTES + 8
+_ROWS_OFFSET = 20  # from here a header is the same for all requests of a kind: rows and meta
 _pack = wire.REFERENCE.pack
 
 _GRANT_MAX_BYTES = wire.MAX_HEADER_BYTES  # of what answers an offer: a grant, or an error
@@ -117,17 +125,19 @@ class Region:
     Args:
         path: Of the socket to pass it over.
         size: Bytes; a multiple of a page.
+        is_room: Whether it is for the front to write to.
 
     Raises:
         OSError, MemoryError: there is no such memory, or no server that takes it.
     """
 
-    def __init__(self, path: str, size: int) -> None:
+    def __init__(self, path: str, size: int, *, is_room: bool = False) -> None:
         if size > available_bytes():
             raise MemoryError(f"a region of {size:,} bytes")
         self.space = Space(size)
         self.max_bytes = 0
         self.token = b""
+        self._magic = wire.ROOM_MAGIC if is_room else wire.REGION_MAGIC
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
             self._sock.connect(path)
@@ -135,8 +145,8 @@ class Region:
             try:
                 self.memory: npt.NDArray[np.uint8] = np.frombuffer(mmap.mmap(fd, size), np.uint8)
                 # Not before it is mapped: this seal allows what is mapped already to be written, and no more.
-                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-                offer = wire.REGION_OFFER.pack(wire.REGION_MAGIC, wire.REGION_VERSION, size)
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _ROOM_SEALS if is_room else _SEALS)
+                offer = wire.REGION_OFFER.pack(self._magic, wire.REGION_VERSION, size)
                 socket.send_fds(self._sock, [offer], [fd])
             finally:
                 os.close(fd)
@@ -159,7 +169,7 @@ class Region:
         if len(data) != wire.REGION_GRANT.size:
             raise wire.decode_error(wire.decode_header(data))
         magic, version, self.token, self.max_bytes = wire.REGION_GRANT.unpack(data)
-        if magic != wire.REGION_MAGIC or version != wire.REGION_VERSION:
+        if magic != self._magic or version != wire.REGION_VERSION:
             raise WireError(f"grant {magic!r} of version {version}")
         return True
 
@@ -181,82 +191,46 @@ class Region:
         del self.memory
 
 
-class Regions:
-    """The regions of one connection, which belong to whoever uses that.
+class Place(NamedTuple):
+    """A block of a region."""
+
+    region: Region
+    offset: int
+    size: int
+
+    def give_back(self) -> None:
+        """End its use."""
+        self.region.space.give_back(self.offset)
+
+
+class Supply:
+    """The regions of one kind of one connection, got when they are wanted.
 
     Args:
-        path: Of the socket beside the endpoint's; None to have none.
-
-    Attributes:
-        live: Blocks in use: by the id of their request, as it is in the header, the region and the offset.
+        path: Of the socket beside the endpoint's.
+        is_room: Whether they are for the front to write to.
     """
 
-    def __init__(self, path: str | None) -> None:
+    def __init__(self, path: str, *, is_room: bool) -> None:
         self._path = path
+        self._is_room = is_room
         self._granted: list[Region] = []
         self._asked: Region | None = None
-        self._was_asked = False
         self._limit = _REGION_MAX_BYTES
         self._retry_at = 0.0
-        self._used_at = 0.0
         self._checked_at = 0.0
-        self.live: dict[bytes, tuple[Region, int]] = {}
 
-    def place(self, frames: Sequence[Frame]) -> Sequence[Frame]:
-        """A message to send in place of another: its tensors in a region, if there is one for them.
+    @property
+    def is_idle(self) -> bool:
+        """Whether there are regions, and nothing in any of them is in use."""
+        return bool(self._granted) and all(region.space.is_empty for region in self._granted)
 
-        Args:
-            frames: Of a message of `SHARE_BYTES` or more.
+    def take(self, size: int, now: float) -> Place | None:
+        """A block of so many bytes; None if there is none now, in which case there may be one later.
 
-        Returns:
-            Frames with references; those given if it has to go as it is.
+        Raises:
+            Unavailable: the front has let go of them; they are closed.
         """
-        header, *tensors = frames
-        if self._path is None or header[3] != _PREDICT or header[6] & _NOT_PLAIN:
-            return frames
-        sizes = [len(tensor) for tensor in tensors]
-        total = 0
-        for size in sizes:
-            total += -(-size // _ALIGNMENT) * _ALIGNMENT
-        id_ = header[wire.HEAD_BYTES : _ID_END]
-        if total == 0 or id_ in self.live:
-            return frames
-        self._used_at = now = time.monotonic()
-        found = self._find_room(total, now)
-        if found is None:
-            return frames
-        region, at = found
-        self.live[id_] = found
-        placed: list[Frame] = [b"%b%c%b" % (header[:6], header[6] | _REGION, header[7:])]
-        for tensor, size in zip(tensors, sizes, strict=True):
-            if size:
-                region.memory[at : at + size] = np.frombuffer(tensor, np.uint8)
-            placed.append(_pack(region.token, at, size))
-            at += -(-size // _ALIGNMENT) * _ALIGNMENT
-        return placed
-
-    def answered(self, header: Any) -> None:
-        """Take a reply in (or a request back that could not be sent): its block can be used again."""
-        block = self.live.pop(header[wire.HEAD_BYTES : _ID_END], None)
-        if block is not None:
-            block[0].space.give_back(block[1])
-
-    def trim(self) -> None:
-        """Give all regions back if none was used lately."""
-        if self._granted and not self.live and time.monotonic() - self._used_at >= IDLE_S:
-            self.close()
-
-    def close(self) -> None:
-        """Give all regions back; nothing that was sent is to be answered any more."""
-        self.live.clear()
-        for region in self._granted:
-            region.close()
-        self._granted.clear()
-        self._forget_asked()
-
-    # -- regions -----------------------------------------------------------------------------------
-
-    def _find_room(self, size: int, now: float) -> tuple[Region, int] | None:
         if self._asked is not None:
             self._look(now)
         if now >= self._checked_at + _CHECK_S:
@@ -264,27 +238,30 @@ class Regions:
             if not all(region.stands() for region in self._granted):
                 self.close()
                 self._retry_at = now + _RETRY_S
-                return None
+                raise Unavailable("the front has let go of its regions")
         for region in self._granted:
             at = region.space.take(size)
             if at is not None:
-                return region, at
+                return Place(region, at, size)
         if self._asked is None and now >= self._retry_at:
             self._ask(size, now)
         return None
 
+    def close(self) -> None:
+        """Give all regions back."""
+        for region in self._granted:
+            region.close()
+        self._granted.clear()
+        self._forget_asked()
+
     def _ask(self, size: int, now: float) -> None:
-        """Begin a region in which so many bytes find room, unless this is the first time they are wanted."""
-        if not self._was_asked:
-            self._was_asked = True
-            return
+        """Begin a region in which so many bytes find room."""
         have = sum([region.space.size for region in self._granted])
         wanted = max(-(-size // _PAGE_BYTES) * _PAGE_BYTES, min(max(have, _REGION_MIN_BYTES), self._limit))
         if have + wanted > REGIONS_MAX_BYTES:
             return
-        assert self._path is not None
         try:
-            self._asked = Region(self._path, wanted)
+            self._asked = Region(self._path, wanted, is_room=self._is_room)
         except (OSError, MemoryError):
             self._retry_at = now + _RETRY_S
 
@@ -304,6 +281,145 @@ class Regions:
         if self._asked is not None:
             self._asked.close()
             self._asked = None
+
+
+class _Sent(NamedTuple):
+    """What a request that is under way has in regions, and what it is like."""
+
+    tensors: Place
+    room: Place | None
+    kind: bytes
+
+
+class Regions:
+    """The regions of one connection, which belong to whoever uses that.
+
+    Args:
+        path: Of the socket beside the endpoint's; None to have none.
+
+    Attributes:
+        live: Requests with tensors in a region, by their id as it is in the header.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        self._tensors = None if path is None else Supply(path, is_room=False)
+        self._rooms = None if path is None else Supply(path, is_room=True)
+        self._was_asked = False
+        self._used_at = 0.0
+        self._answer_bytes: dict[bytes, int] = {}  # by rows and meta of requests; those that are large
+        self.live: dict[bytes, _Sent] = {}
+
+    def place(self, frames: Sequence[Frame]) -> Sequence[Frame]:
+        """A message to send in place of another: its tensors in a region, if there is one for them.
+
+        Args:
+            frames: Of a message of `SHARE_BYTES` or more.
+
+        Returns:
+            Frames with references; those given if it has to go as it is.
+        """
+        header, *tensors = frames
+        if self._tensors is None or header[3] != _PREDICT or header[6] & _NOT_PLAIN:
+            return frames
+        sizes = [len(tensor) for tensor in tensors]
+        total = sum([-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes])
+        id_ = header[wire.HEAD_BYTES : _ID_END]
+        if total == 0 or id_ in self.live:
+            return frames
+        self._used_at = now = time.monotonic()
+        if not self._was_asked:  # one large request may be the only one
+            self._was_asked = True
+            return frames
+        kind = header[_ROWS_OFFSET:]
+        room = self._take(self._rooms, self._answer_bytes.get(kind, 0), now)
+        found = self._take(self._tensors, total, now)
+        if found is None:
+            if room is not None:
+                room.give_back()
+            return frames
+        self.live[id_] = _Sent(found, room, kind)
+        region, at, _ = found
+        flags = _REGION if room is None else _REGION | _ROOM
+        placed: list[Frame] = [b"%b%c%b" % (header[:6], header[6] | flags, header[7:])]
+        for tensor, size in zip(tensors, sizes, strict=True):
+            if size:
+                region.memory[at : at + size] = np.frombuffer(tensor, np.uint8)
+            placed.append(_pack(region.token, at, size))
+            at += -(-size // _ALIGNMENT) * _ALIGNMENT
+        if room is not None:
+            placed.append(_pack(room.region.token, room.offset, room.size))
+        return placed
+
+    def answered(self, message: Sequence[Frame]) -> Sequence[Frame]:
+        """Take a reply in (or a request back that could not be sent): what it has can be used again.
+
+        Args:
+            message: Its frames.
+
+        Returns:
+            The same reply with its tensors in place of references.
+
+        Raises:
+            WireError: it refers to something else than the room of its request.
+        """
+        header: bytes = message[0]
+        sent = self.live.pop(header[wire.HEAD_BYTES : _ID_END], None)
+        if sent is None:
+            return message
+        sent.tensors.give_back()
+        if sent.room is not None:
+            sent.room.give_back()  # nobody takes it before this reply is read
+        if len(header) > 6 and header[3] == _RESULT:
+            if header[6] & _REGION:
+                return _collect(header, message[1:], sent.room)
+            total = sum([-(-len(tensor) // _ALIGNMENT) * _ALIGNMENT for tensor in message[1:]])
+            if total >= SHARE_BYTES:  # the next of this kind has room for it
+                remember(self._answer_bytes, sent.kind, total)
+        return message
+
+    def trim(self) -> None:
+        """Give all regions back if none was used lately."""
+        if not self.live and time.monotonic() - self._used_at >= IDLE_S:
+            for supply in (self._tensors, self._rooms):
+                if supply is not None and supply.is_idle:
+                    supply.close()
+
+    def close(self) -> None:
+        """Give all regions back; nothing that was sent is to be answered any more."""
+        self.live.clear()
+        for supply in (self._tensors, self._rooms):
+            if supply is not None:
+                supply.close()
+
+    def _take(self, supply: Supply | None, size: int, now: float) -> Place | None:
+        """A block of so many bytes, if that is more than none and there is one."""
+        if supply is None or not size:
+            return None
+        try:
+            return supply.take(size, now)
+        except Unavailable:  # then it has let go of all, and the connection is about to end
+            self.close()
+            return None
+
+
+def _collect(header: bytes, references: Sequence[Frame], room: Place | None) -> list[Frame]:
+    """The frames of a reply whose tensors lie in the room.
+
+    Raises:
+        WireError: they do not.
+    """
+    if room is None:
+        raise WireError("a RESULT with references to a room, which its request had not")
+    region, start, room_bytes = room
+    frames: list[Frame] = [b"%b%c%b" % (header[:6], header[6] & ~_REGION, header[7:])]
+    for reference in references:
+        if len(reference) != wire.REFERENCE.size:
+            raise WireError(f"a reference of {len(reference)} bytes; wanted {wire.REFERENCE.size}")
+        token, offset, size = wire.REFERENCE.unpack(reference)
+        if token != region.token or not start <= offset <= offset + size <= start + room_bytes:
+            raise WireError("a RESULT refers to bytes beyond the room of its request")
+        frames.append(bytearray(region.memory[offset : offset + size].data))
+    return frames
 
 
 def _make_memfd(size: int) -> int:

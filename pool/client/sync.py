@@ -48,7 +48,7 @@ class Client:
         cast: `"safe"` makes lossless casts of inputs only (int32 to int64, float32 to float64);
             `"same_kind"` also float64 to float32 and the like.
         retry: Which failed predictions are made again, and when; None for none of them.
-        share_memory: Whether to go past ZeroMQ to a server at an `ipc://` endpoint: large inputs by shared
+        share_memory: Whether to go past ZeroMQ to a server at an `ipc://` endpoint: large tensors by shared
             memory, the rest over a Unix socket. False to send everything through ZeroMQ.
         server_key: The server's public key, or the path of its file; for `tcp://` endpoints with keys.
         secret_key: This client's secret key, or the path of its file; both keys, or neither.

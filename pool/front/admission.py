@@ -21,6 +21,7 @@ from pool.front.outbound import Outbound, Refusal
 from pool.front.parts import Parts
 from pool.front.questions import Questions
 from pool.front.regions import Loan, Regions, private
+from pool.front.rooms import Room
 from pool.front.route import Route
 from pool.front.slots import LANES, Ticket
 from pool.front.timelines import Timelines
@@ -43,7 +44,8 @@ PRIORITIES = {wire.head(Kind.PREDICT): UNSAID} | {
 _NOBLOCK = int(zmq.NOBLOCK)
 
 # Plain numbers, because to join two members of a Python enum takes microseconds.
-_BUNDLE, _PRIORITY, _REGION, _TIMELINE = map(int, (Flag.BUNDLE, Flag.PRIORITY, Flag.REGION, Flag.TIMELINE))
+_BUNDLE, _PRIORITY, _REGION = map(int, (Flag.BUNDLE, Flag.PRIORITY, Flag.REGION))
+_TIMELINE, _ROOM = map(int, (Flag.TIMELINE, Flag.ROOM))
 
 
 # Refusals made in one go, by what makes their sentences differ.
@@ -128,12 +130,15 @@ class Admission:
             if not is_bundle and decoded.kind is not Kind.CANCEL:
                 client.check_access()
             loans: Sequence[Loan] = ()
+            room: Room | None = None
             if is_bundle:
                 return self._admit_bundle(client, decoded, frames, now) // _BUNDLE_DISCOUNT
             if decoded.kind is Kind.PREDICT:
+                if decoded.flags & _ROOM:
+                    room = self._take_room(frames)
                 if decoded.flags & _REGION:
                     frames, loans = self._regions.resolve(frames)
-                self._admit(client, decoded, frames, loans, now)
+                self._admit(client, decoded, frames, loans, room, now)
             elif frames:
                 raise WireError(f"{decoded.kind.name} with {len(frames)} tensor frames; wanted none")
             elif decoded.kind is Kind.CANCEL:
@@ -205,15 +210,28 @@ class Admission:
             self.routes[meta] = route
         return route
 
+    def _take_room(self, frames: list[memoryview]) -> Room | None:
+        """The room that the last frame refers to; it is taken off."""
+        if not frames:
+            raise WireError("no frame that says where the room is, which the header's flags announce")
+        found = self._regions.find_room(frames.pop())
+        return None if found is None else Room(self.outbound, self._regions, *found)
+
     def _admit(
-        self, client: Client, header: Header, frames: list[memoryview], loans: Sequence[Loan], now: float
+        self,
+        client: Client,
+        header: Header,
+        frames: list[memoryview],
+        loans: Sequence[Loan],
+        room: Room | None,
+        now: float,
     ) -> None:
         self._check_sizes(frames)
         route = self._find_route(header.meta)
         deadline = now + (header.millis * 1e-3 or route.timeout_s)
         account, key = client.account(route.generation), _key(route, header)
         turn = self._engine.turn
-        sink: Outbound | Timelines = self.outbound
+        sink: Outbound | Timelines | Room = room or self.outbound
         if header.flags & _TIMELINE:  # in a turn of its own, which began after the message came
             turn, sink = self._engine.flush(route.generation, 0), self._timelines
         ticket = Ticket(sink, client, header.id, route, header.rows, deadline, turn, key, account)
@@ -231,7 +249,7 @@ class Admission:
         ids = columns[0]
         try:
             client.check_access()
-            if header.flags & _REGION:
+            if header.flags & (_REGION | _ROOM):
                 raise WireError("a bundle with references to a region; wanted tensors")
             self._check_sizes(frames[1:])
             route = self._find_route(header.meta)

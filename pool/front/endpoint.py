@@ -39,7 +39,7 @@ from pool.front.regions import Regions
 from pool.front.slots import Ticket
 from pool.front.withdrawing import withdraw
 from pool.packets import LINE_MAGIC
-from pool.wire import FIXED_BYTES, HEAD, HEAD_BYTES, REGION_MAGIC
+from pool.wire import FIXED_BYTES, HEAD, HEAD_BYTES, REGION_MAGIC, ROOM_MAGIC
 
 log = Log("pool.endpoint")
 
@@ -124,7 +124,11 @@ class Endpoint:
         self._lines = Lines(engine, self._clients, self._admission, config.max_unread_bytes, self._look_after)
         self._gate = Gate(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self._doorway = Doorway(
-            {REGION_MAGIC: self._regions.take, LINE_MAGIC: self._lines.take},
+            {
+                REGION_MAGIC: self._regions.take,
+                ROOM_MAGIC: self._regions.take,
+                LINE_MAGIC: self._lines.take,
+            },
             self._access.is_allowed,
             self._gate.has_room,
         )

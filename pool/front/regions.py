@@ -1,4 +1,4 @@
-"""Memory of clients on this machine, from which their tensors are taken. Runs in the front, on its loop.
+"""Memory of clients on this machine, for their tensors and their answers. Runs in the front, on its loop.
 
 A client connects to the socket beside an `ipc://` endpoint's (`pool.front.doorway`) and passes one memfd, its
 *region*, for as long as the connection stands (`docs/wire.md` 7). Then its requests may say where in the
@@ -19,6 +19,10 @@ process with SIGBUS. What is asked of a region, once, excludes both for good, fo
                           beyond the end. Nor is a page that was allocated and never written told from a hole)
 
 Pages that were swapped out come back. All stay charged to the client, which wrote them first.
+
+A *room* is a region the other way round: the front writes answers there (`pool.front.rooms`), and reads
+nothing. It cannot have F_SEAL_FUTURE_WRITE, so its client can punch pages out, and the front's next write
+makes new ones, charged to the front. That is all it can do, and rooms have at most so many bytes together.
 """
 
 from __future__ import annotations
@@ -49,8 +53,13 @@ _REGIONS_OF_ONE_MAX = 64
 # A region of 1 GiB is looked through for holes in 10 ms, in which the front does nothing else.
 REGION_MAX_BYTES = 1 << 30
 
+# Of all rooms: what clients that do harm can have the front pay for.
+_ROOMS_MAX_BYTES = 1 << 30
+
 _F_SEAL_FUTURE_WRITE = 0x0010  # <linux/fcntl.h>; not in Python 3.10's fcntl
 _SEALS = fcntl.F_SEAL_SHRINK | _F_SEAL_FUTURE_WRITE
+_ROOM_SEALS = fcntl.F_SEAL_SHRINK
+_SEAL_NAMES = {fcntl.F_SEAL_SHRINK: "F_SEAL_SHRINK", _F_SEAL_FUTURE_WRITE: "F_SEAL_FUTURE_WRITE"}
 _numbers = itertools.count()
 
 
@@ -60,20 +69,23 @@ class Region:
     Args:
         fd: Its memfd; owned from now on.
         size: Bytes.
+        is_room: Whether answers are written to it, rather than tensors read.
 
     Attributes:
         number: By which workers know it; of all in this process, no two have the same.
-        memory: Its bytes, read-only.
+        memory: Its bytes; read-only unless it is a room.
 
     Raises:
         OSError: it cannot be mapped.
     """
 
-    def __init__(self, fd: int, size: int) -> None:
+    def __init__(self, fd: int, size: int, *, is_room: bool = False) -> None:
         weakref.finalize(self, os.close, fd).atexit = False
         self.fd = fd
         self.size = size
-        self.memory = memoryview(mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ))
+        self.is_room = is_room
+        access = mmap.PROT_READ | mmap.PROT_WRITE if is_room else mmap.PROT_READ
+        self.memory = memoryview(mmap.mmap(fd, size, mmap.MAP_SHARED, access))
         self.number = next(_numbers) & 0xFFFFFFFF  # u32 in the doorbell
 
 
@@ -85,7 +97,11 @@ class Loan(NamedTuple):
 
 
 class Regions:
-    """The regions of all clients."""
+    """The regions of all clients.
+
+    Attributes:
+        answers: How many were put into rooms.
+    """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -95,6 +111,7 @@ class Regions:
         self._owners: dict[bytes, Visitor] = {}  # by token
         self._regions: dict[bytes, Region] = {}
         self._requests = 0
+        self.answers = 0
 
     def close(self) -> None:
         """Let go of every region."""
@@ -102,11 +119,12 @@ class Regions:
             self._drop(token)
 
     def describe(self) -> dict[str, int]:
-        """For the status document: how many regions there are, their bytes, requests that used them."""
+        """For the status document: how many regions there are, their bytes, requests and answers in them."""
         return {
             "open": len(self._regions),
             "bytes": sum(region.size for region in self._regions.values()),
             "requests": self._requests,
+            "answers": self.answers,
         }
 
     # -- requests ----------------------------------------------------------------------------------
@@ -136,7 +154,7 @@ class Regions:
                 )
             token, offset, size = wire.REFERENCE.unpack(reference)
             region = self._regions.get(token)
-            if region is None:
+            if region is None or region.is_room:
                 raise Unavailable(f"tensor frame {i} refers to a region that is not there: it was closed")
             if offset + size > region.size:
                 raise InvalidInput(
@@ -148,10 +166,37 @@ class Regions:
         self._requests += 1
         return tensors, loans
 
+    def find_room(self, reference: memoryview) -> tuple[bytes, int, memoryview] | None:
+        """Where a request's answer may be put.
+
+        Args:
+            reference: The last frame of a request with `Flag.ROOM`.
+
+        Returns:
+            Token and offset of the place, and the place; None if the room is not there (any more): then the
+            answer goes as if none had been offered.
+
+        Raises:
+            WireError: it is not a reference.
+            InvalidInput: it points outside its room.
+        """
+        if len(reference) != wire.REFERENCE.size:
+            raise WireError(
+                f"the frame of the room has {len(reference)} bytes; "
+                f"wanted a reference of {wire.REFERENCE.size}"
+            )
+        token, offset, size = wire.REFERENCE.unpack(reference)
+        room = self._regions.get(token)
+        if room is None or not room.is_room:
+            return None
+        if offset + size > room.size:
+            raise InvalidInput(f"room for bytes {offset} to {offset + size}; its region has {room.size}")
+        return token, offset, room.memory[offset : offset + size]
+
     # -- connections -------------------------------------------------------------------------------
 
     def take(self, visitor: Visitor, data: bytes, fds: list[int]) -> None:
-        """A client offers a region: map it and say so; the visitor's connection is owned from then on.
+        """A client offers a region or a room: map it and say so. The visitor's connection is owned then.
 
         Args:
             visitor: Who offers it.
@@ -164,29 +209,33 @@ class Regions:
         """
         if len(data) != wire.REGION_OFFER.size:
             raise WireError(f"{len(data)} bytes; wanted an offer of {wire.REGION_OFFER.size}")
-        _, version, size = wire.REGION_OFFER.unpack(data)
+        magic, version, size = wire.REGION_OFFER.unpack(data)
+        is_room = magic == wire.ROOM_MAGIC
         if version != wire.REGION_VERSION:
             raise WireError(f"an offer of version {version}; wanted {wire.REGION_VERSION}")
         if len(fds) != 1:
             raise WireError(f"{len(fds)} descriptors with an offer; wanted 1")
         if not 0 < size <= REGION_MAX_BYTES:
             raise TooLarge(f"a region of {size} bytes; wanted 1 to {REGION_MAX_BYTES}")
-        _check_memory(fds[0], size, self._device)
+        _check_memory(fds[0], size, self._device, _ROOM_SEALS if is_room else _SEALS)
         of_this = sum(other.pid == visitor.pid for other in self._owners.values())
         if len(self._regions) >= _REGIONS_MAX or of_this >= _REGIONS_OF_ONE_MAX:
             raise Unavailable(
                 f"{of_this} regions of this process and {len(self._regions)} in all; "
                 f"wanted at most {_REGIONS_OF_ONE_MAX} and {_REGIONS_MAX}"
             )
+        rooms_bytes = sum(region.size for region in self._regions.values() if region.is_room)
+        if is_room and rooms_bytes + size > _ROOMS_MAX_BYTES:
+            raise Unavailable(
+                f"a room of {size} bytes beside {rooms_bytes} of others; wanted at most {_ROOMS_MAX_BYTES}"
+            )
         try:
-            region = Region(fds.pop(), size)
+            region = Region(fds.pop(), size, is_room=is_room)
         except OSError as e:
             raise Unavailable(f"the region cannot be mapped: {e.strerror}") from None
         # Whoever knows it may have rows read from this region.
         token = secrets.token_bytes(wire.TOKEN_BYTES)
-        visitor.sock.send(
-            wire.REGION_GRANT.pack(wire.REGION_MAGIC, wire.REGION_VERSION, token, REGION_MAX_BYTES)
-        )
+        visitor.sock.send(wire.REGION_GRANT.pack(magic, wire.REGION_VERSION, token, REGION_MAX_BYTES))
         self._regions[token] = region
         self._owners[token] = visitor
         self._loop.add_reader(visitor.sock.fileno(), self._on_readable, token)
@@ -208,21 +257,19 @@ class Regions:
         del self._regions[token]
 
 
-def _check_memory(fd: int, size: int, device: int) -> None:
-    """Make sure that a file can be read through a map without ever faulting (see above).
+def _check_memory(fd: int, size: int, device: int, wanted: int) -> None:
+    """Make sure that a file can be used through a map without ever faulting (see above).
 
     Raises:
-        InvalidInput: it is not an ordinary memfd, is not sealed, or has a hole.
+        InvalidInput: it is not an ordinary memfd, has not the seals that are wanted, or has a hole.
     """
     found = os.fstat(fd)
     if found.st_dev != device or not stat.S_ISREG(found.st_mode):
         raise InvalidInput("the descriptor is not one of an ordinary memfd")
     seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-    if seals & _SEALS != _SEALS:
-        raise InvalidInput(
-            f"the memfd has the seals 0x{seals:x}; "
-            f"wanted F_SEAL_SHRINK and F_SEAL_FUTURE_WRITE (0x{_SEALS:x})"
-        )
+    if seals & wanted != wanted:
+        names = " and ".join(name for seal, name in _SEAL_NAMES.items() if seal & wanted)
+        raise InvalidInput(f"the memfd has the seals 0x{seals:x}; wanted {names} (0x{wanted:x})")
     if found.st_size < size:
         raise InvalidInput(f"the memfd has {found.st_size} bytes; the offer says {size}")
     whole = os.lseek(fd, 0, os.SEEK_HOLE)
