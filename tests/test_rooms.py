@@ -8,7 +8,6 @@ import fcntl
 import itertools
 import os
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -133,27 +132,6 @@ def test_many_at_once_over_one_connection_get_their_own_answers(server):
         assert told(server)["answers"] >= before + 12
 
     asyncio.run(go())
-
-
-def test_threads_share_a_client(server):
-    failures = []
-
-    def work(client, seed):
-        rng = np.random.default_rng(seed)
-        try:
-            for _ in range(10):
-                array = rng.standard_normal((1, 40_000)).astype(np.float32)
-                assert client.predict("any", array)["y"].tobytes() == (array * 2).tobytes()
-        except BaseException as e:
-            failures.append(e)
-
-    with Client(server.endpoint) as client:
-        threads = [threading.Thread(target=work, args=(client, seed)) for seed in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert failures == []
 
 
 def test_a_time_line_comes_by_message(server):

@@ -17,7 +17,7 @@ from pool.front.slots import Slot, Ticket
 from pool.shm.arena import align
 from pool.wire import Flag, Header, Kind
 
-# Smaller answers go in their message: what a reference costs both ends is more than what it saves.
+# Smaller answers go in their message, as smaller requests do (`pool.client.region.SHARE_BYTES`).
 PUT_BYTES = 128 << 10
 
 Payload = memoryview | bytes

@@ -2,11 +2,12 @@
 
 More rows a call save calls, and fill a framework's inner loops. But what one layer hands to the next may be
 more than the caches hold, and then fewer rows a call are faster: MobileNetV2 hands on 38 MB between two
-layers with eight pictures, and with two of them at a time takes 8 to 25 % less on two busy cores, the more
-the busier the memory is. No rule tells where that is so, hence batches are cut into *pieces*, and the clock
-decides. A size is tried on every other batch, each against the two batches around it, so that a machine that
-is slower by a third in the next minute changes nothing; half as long again, and it is out at once. When no
-size is better than the best, there is rest, twice as long each time.
+layers with eight pictures, and with two at a time two busy cores give a fifth more while the host's memory
+is busy, a twelfth more when it is less so, and on a quiet host 6 % less (`docs/design.md` 9). No rule tells
+where that is so, hence batches are cut into *pieces*, and the clock decides. A size is tried on every other
+batch, each against the two batches around it, so that a machine that is slower by a third in the next minute
+changes nothing; half as long again, and it is out at once. When no size is better than the best, there is
+rest, twice as long each time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from statistics import median
 
 WHOLE = 0  # a size: all rows of the batch in one call
 
-# A shorter run is not worth another call: that takes some 50 µs.
+# A shorter run is not worth another call: that takes tens of µs.
 _LEAST_S = 0.002
 # Batches before the first bout: a worker that has just started is no measure.
 _FIRST_REST = 8
