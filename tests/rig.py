@@ -246,7 +246,7 @@ class Rig:
         for ticket in self.batcher.finish(slot, self.now):
             ticket.is_settled = True
             if message.kind == Ring.DONE:
-                places = self.generation.arena.read_run_record(slot.index)[2]
+                places = self.generation.arena.read_run_record(slot.index)[-1]
                 reply = self.generation.reply_for(ticket.route, places)
                 ticket.sink.send_results([ticket], reply, slot)
             else:

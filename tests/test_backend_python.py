@@ -445,3 +445,31 @@ def test_a_file_that_was_edited_is_served_after_a_reload(start_server, tmp_path)
         assert pool(*reload).returncode == 0
         with contextlib.closing(Client(server.endpoint)) as again:
             assert again.predict("m", x)["y"].tolist() == [[3, 3]]
+
+
+SLOW_TOGETHER = """
+import time
+
+@model(inputs={"x": "float32 [any, 16]"}, outputs={"y": "float32 [any, 16]"})
+def slow_together(x):
+    time.sleep(0.001 * len(x) ** 2)
+    return x
+"""
+
+
+def test_the_status_tells_in_what_pieces_batches_are_run(start_server, tmp_path):
+    write(tmp_path, SLOW_TOGETHER)
+    keys = f'[models.m]\nbackend = "python"\npath = "{tmp_path}/glue.py:slow_together"\nmax_batch_size = 8\n'
+    x = np.ones((8, 16), np.float32)
+    with start_server(tmp_path, keys) as server, Client(server.endpoint) as client:
+        deadline = time.monotonic() + PATIENCE_S
+        seen = []
+        while not seen or seen[-1] is None:
+            assert time.monotonic() < deadline
+            np.testing.assert_array_equal(client.predict("m", x)["y"], x)
+            (worker,) = client.status()["models"]["m"]["workers"]
+            seen.append(worker["piece_rows"])
+        told = f"m worker 0: batches in pieces of {worker['piece_rows']} rows"
+        assert told in pool("status", "--endpoint", server.endpoint).stdout
+    assert seen[0] is None
+    assert seen[-1] in (4, 2, 1)

@@ -113,7 +113,7 @@ def test_strings_that_a_worker_has_spoilt_are_an_error_and_the_slot_is_given_bac
     def spoil(arena, slot):
         """As a worker that wrote where it must not."""
         record = read(arena, slot)
-        (place,) = decode_outputs(record[2])
+        (place,) = decode_outputs(record[-1])
         arena.slots[slot].data[place.offset : place.offset + 8] = b"\xff" * 8
         return record
 

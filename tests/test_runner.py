@@ -173,8 +173,9 @@ def test_outputs_lie_aligned_behind_the_inputs(rig_of):
     rig.place(0, {"a": np.array([1, 2, 3], np.int8), "b": np.array([1.0, 2, 3])})
     (slot,) = rig.start()
     rig.finish(slot)
-    started_ns, ended_ns, encoded = rig.generation.arena.read_run_record(slot.index)
+    started_ns, ended_ns, piece_rows, encoded = rig.generation.arena.read_run_record(slot.index)
     assert 0 < started_ns <= ended_ns
+    assert piece_rows == 0
     places = decode_outputs(encoded)
     assert [(place.dtype, place.shape) for place in places] == [("int8", (3,)), ("float64", (3,))]
     assert all(place.offset % 64 == 0 for place in places)
@@ -333,3 +334,4 @@ def test_a_model_that_is_faster_with_few_rows_comes_to_be_run_so(rig_of):
         np.testing.assert_array_equal(rig.sink.answers[turn]["x_out"], sent["x"])
     assert shapes_seen(rig)[0] == 4
     assert shapes_seen(rig)[-8:] in ([2] * 8, [1] * 8)
+    assert rig.generation.arena.read_run_record(0)[2] == shapes_seen(rig)[-1]  # and it is told

@@ -179,7 +179,7 @@ def test_a_worker_runs_slots_until_it_is_asked_to_leave(zygote, loaded, arena):
         arena.slots[slot][region.offset : region.offset + images.nbytes] = images.reshape(-1).view(np.uint8)
         doorbell.ring(bell, Message(Ring.RUN, slot, 2, turn, 1))
         assert doorbell.answer(bell) == Message(Ring.DONE, slot, 2, turn, 1)
-        started_ns, ended_ns, encoded = arena.read_run_record(slot)
+        started_ns, ended_ns, _, encoded = arena.read_run_record(slot)
         assert started_ns < ended_ns
         (place,) = control.msgspec.msgpack.decode(encoded)
         dtype, shape, offset, size = place

@@ -88,6 +88,10 @@ def show(status: dict[str, Any]) -> None:
     out.print(processes)
     for name, model in status["models"].items():
         for worker in model.get("workers", ()):
+            if worker.get("piece_rows"):
+                out.print(
+                    f"{name} worker {worker['index']}: batches in pieces of {worker['piece_rows']} rows"
+                )
             if worker["last_error"]:
                 told = f"{name} worker {worker['index']}, the one before: {worker['last_error']}"
                 out.print(told, markup=False, highlight=False)

@@ -125,7 +125,7 @@ class Replicas(Crew):
         worker.started_at = time.monotonic()
         worker.ready_s = None
         worker.overdue = ""
-        worker.batches_now = 0
+        worker.batches_now = worker.piece_rows = 0
         worker.child = None
         try:
             child, bell = await fork_worker(

@@ -217,7 +217,7 @@ class Serving:
         self._go_on(worker, now)
         self._host.came(Event.ANSWER, now)
         if message.kind == Ring.DONE:
-            self._deliver(slot, tickets)
+            self._deliver(worker, slot, tickets)
             self.generation.metrics.batch_answered(slot)
             self.generation.metrics.replies_sent(slot, tickets, now, time.monotonic())
             if slot.trial is not None:
@@ -243,7 +243,7 @@ class Serving:
         if self._batcher.has_queue:
             self._dispatch(now)
 
-    def _deliver(self, slot: Slot, tickets: list[Ticket]) -> None:
+    def _deliver(self, worker: Worker, slot: Slot, tickets: list[Ticket]) -> None:
         # Most batches hold requests of one kind for one sink: one call then sends them all.
         groups: dict[tuple[Route, Sink], list[Ticket]] = {}
         route: Route | None = None
@@ -255,7 +255,7 @@ class Serving:
             alike.append(ticket)
         for (route, sink), group in groups.items():
             try:
-                places = self.generation.arena.read_run_record(slot.index)[2]
+                _, _, worker.piece_rows, places = self.generation.arena.read_run_record(slot.index)
                 reply = self.generation.reply_for(route, places)
                 reply.check(self.generation.views[slot.index])
             except InternalError as e:

@@ -84,6 +84,7 @@ def _worker_status(worker: Worker, usage: dict[int, Usage]) -> dict[str, Any]:
         "batches": worker.batches,
         "rows": worker.rows,
         "busy_s": worker.busy_until(time.monotonic()),
+        "piece_rows": worker.piece_rows or None,
         "restarts": worker.restarts,
         "ready_s": worker.ready_s,
         "last_error": worker.last_error,

@@ -56,7 +56,7 @@ class Timelines:
 
 def timeline_of(ticket: Ticket, slot: Slot) -> TimelineMeta:
     """The stages of a request that ran in one batch, whose slot is not given back yet."""
-    began_ns, ended_ns, _ = ticket.route.generation.arena.read_run_record(slot.index)
+    began_ns, ended_ns, *_ = ticket.route.generation.arena.read_run_record(slot.index)
     # An application's own turn ends with its loop's; a worker may take the batch before.
     received_at = min(ticket.turn.ended, slot.dispatched_at)
     started, received, dispatched, answered, now = _ns(

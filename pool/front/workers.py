@@ -76,6 +76,7 @@ class Worker:
         rows: Rows of those batches.
         busy_s: Seconds it had a batch, by all of them.
         batches_now: Batches finished by the present process.
+        piece_rows: Rows a call of its last batch, as the worker has found them best; 0 for all.
         answered_at: When it last answered.
         restarts: Times a process was started to replace one that ended.
         failures: Deaths in a row without a finished batch or a while of being ready in between.
@@ -107,6 +108,7 @@ class Worker:
         self.rows = 0
         self.busy_s = 0.0
         self.batches_now = 0
+        self.piece_rows = 0
         self.answered_at = 0.0
         self.restarts = 0
         self.failures = 0

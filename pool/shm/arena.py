@@ -7,8 +7,8 @@ Runs in the front (which creates it) and in every worker (which maps it). Little
             +--------+--------+--------+ … +----------+
 
     slot    0            descriptor: u32 length, then msgpack `BatchDescriptor`      written by the front
-            4096         run record: u64 started_ns, u64 ended_ns, u32 length,       written by the worker
-                         then msgpack list of `OutputPlace`
+            4096         run record: u64 started_ns, u64 ended_ns,                   written by the worker
+                         u32 piece_rows, u32 length, then msgpack list of `OutputPlace`
             8192         input regions, each 64-byte aligned                         written by the front
             …            outputs, each 64-byte aligned                               written by the worker
 
@@ -41,7 +41,7 @@ RUN_RECORD_OFFSET = PAGE_BYTES
 TENSORS_OFFSET = 2 * PAGE_BYTES
 
 _LENGTH = struct.Struct("<I")
-_RUN_RECORD = struct.Struct("<QQI")
+_RUN_RECORD = struct.Struct("<QQII")
 _BEGAN = struct.Struct("<Q")
 _DESCRIPTOR_MAX_BYTES = PAGE_BYTES - _LENGTH.size
 _OUTPUTS_MAX_BYTES = PAGE_BYTES - _RUN_RECORD.size
@@ -284,8 +284,8 @@ class Arena:
         began_ns: int = _BEGAN.unpack_from(self.slots[slot].data, RUN_RECORD_OFFSET)[0]
         return began_ns * 1e-9
 
-    def read_run_record(self, slot: int) -> tuple[int, int, bytes]:
-        """When the worker started and ended its run (CLOCK_MONOTONIC ns), and the outputs' places encoded.
+    def read_run_record(self, slot: int) -> tuple[int, int, int, bytes]:
+        """What the worker wrote of its run (`write_run_record`).
 
         Equal bytes mean equal places; `decode_outputs` decodes them.
 
@@ -293,11 +293,11 @@ class Arena:
             InternalError: the record cannot be one (a worker scribbled over it).
         """
         view = self.slots[slot].data
-        started_ns, ended_ns, length = _RUN_RECORD.unpack_from(view, RUN_RECORD_OFFSET)
+        started_ns, ended_ns, piece_rows, length = _RUN_RECORD.unpack_from(view, RUN_RECORD_OFFSET)
         if length > _OUTPUTS_MAX_BYTES:
             raise InternalError(f"run record of {length} bytes; wanted at most {_OUTPUTS_MAX_BYTES}")
         at = RUN_RECORD_OFFSET + _RUN_RECORD.size
-        return started_ns, ended_ns, bytes(view[at : at + length])
+        return started_ns, ended_ns, piece_rows, bytes(view[at : at + length])
 
     # -- worker -------------------------------------------------------------------------------------
 
@@ -311,10 +311,20 @@ class Arena:
         """Note that a run begins, for a front that shares this worker with others (`read_began_s`)."""
         _BEGAN.pack_into(self.slots[slot].data, RUN_RECORD_OFFSET, began_ns)
 
-    def write_run_record(self, slot: int, started_ns: int, ended_ns: int, places: bytes) -> None:
-        """Write the times and the encoded places of the outputs (`encode_outputs`)."""
+    def write_run_record(
+        self, slot: int, started_ns: int, ended_ns: int, piece_rows: int, places: bytes
+    ) -> None:
+        """Write down a run.
+
+        Args:
+            slot: Whose batch it was.
+            started_ns: When it began (CLOCK_MONOTONIC).
+            ended_ns: And when it ended.
+            piece_rows: Rows a call that have been found the best for such batches; 0 for all.
+            places: Of the outputs, as of `encode_outputs`.
+        """
         view = self.slots[slot].data
-        _RUN_RECORD.pack_into(view, RUN_RECORD_OFFSET, started_ns, ended_ns, len(places))
+        _RUN_RECORD.pack_into(view, RUN_RECORD_OFFSET, started_ns, ended_ns, piece_rows, len(places))
         at = RUN_RECORD_OFFSET + _RUN_RECORD.size
         view[at : at + len(places)] = places
 

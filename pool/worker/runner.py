@@ -130,9 +130,11 @@ class Runner:
                 split.forbid()
                 places = self._run(slot, descriptor, rows, padded, WHOLE, lent)
             ended_ns = time.monotonic_ns()
-            self._arena.write_run_record(slot, started_ns, ended_ns, places)
+            best = WHOLE
             if split is not None:
                 split.learn(padded, size, (ended_ns - started_ns) * 1e-9)
+                best = split.best
+            self._arena.write_run_record(slot, started_ns, ended_ns, best, places)
         except ModelError as e:
             kind, text = Ring.MODEL_ERROR, e.message
         except TooLarge as e:

@@ -53,6 +53,11 @@ class Split:
         self._is_warm = False  # whether the rival ran before: what a first run allocates is no measure
         self._before = self._bout = _NOTHING  # the last batch with the best size, and with the rival since
 
+    @property
+    def best(self) -> int:
+        """Rows a call that were the best so far, or WHOLE."""
+        return self._best
+
     def choose(self, rows: int) -> int:
         """Rows a call for a batch of so many rows, or WHOLE."""
         size = self._best
