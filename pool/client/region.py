@@ -19,7 +19,6 @@ memory would be cheaper, and not their owner's alone: a fork would have the same
 
 from __future__ import annotations
 
-import bisect
 import fcntl
 import mmap
 import os
@@ -34,6 +33,7 @@ import numpy.typing as npt
 
 from pool import wire
 from pool.client.route import Frame, remember
+from pool.client.space import Space
 from pool.errors import PoolError, Unavailable, WireError
 from pool.shm.memory import available_bytes
 from pool.wire import Flag, Kind
@@ -71,52 +71,6 @@ _ROWS_OFFSET = 20  # from here a header is the same for all requests of a kind: 
 _pack = wire.REFERENCE.pack
 
 _GRANT_MAX_BYTES = wire.MAX_HEADER_BYTES  # of what answers an offer: a grant, or an error
-
-
-class Space:
-    """Which bytes of a region are in use. Pure.
-
-    Blocks are taken from the lowest place that has room, where the memory was used before and is warm.
-
-    Args:
-        size: Bytes there are.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._free: list[tuple[int, int]] = [(0, size)]  # offset, bytes; in order, never two side by side
-        self._blocks: dict[int, int] = {}  # offset to bytes
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing is in use."""
-        return not self._blocks
-
-    def take(self, size: int) -> int | None:
-        """Where a block of so many bytes (above 0) begins, on pages of its own; None if there is no room."""
-        assert size > 0, "a block of nothing"
-        size = -(-size // _PAGE_BYTES) * _PAGE_BYTES
-        for i, (offset, free) in enumerate(self._free):
-            if free >= size:
-                if free == size:
-                    del self._free[i]
-                else:
-                    self._free[i] = (offset + size, free - size)
-                self._blocks[offset] = size
-                return offset
-        return None
-
-    def give_back(self, offset: int) -> None:
-        """End the use of a block."""
-        size = self._blocks.pop(offset)
-        i = bisect.bisect(self._free, (offset, 0))
-        if i < len(self._free) and offset + size == self._free[i][0]:
-            size += self._free.pop(i)[1]
-        if i > 0 and sum(self._free[i - 1]) == offset:
-            before, room = self._free[i - 1]
-            self._free[i - 1] = (before, room + size)
-        else:
-            self._free.insert(i, (offset, size))
 
 
 class Region:
