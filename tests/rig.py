@@ -5,6 +5,8 @@ The model is numpy: it gives its inputs back. Everything else is what front and 
 
 from __future__ import annotations
 
+import mmap
+import os
 import time
 from collections.abc import Callable, Sequence
 from math import inf
@@ -13,13 +15,15 @@ from typing import Any
 import numpy as np
 
 from pool import wire
-from pool.config import ModelConfig
+from pool.config import ModelConfig, Placement
 from pool.errors import PoolError
 from pool.front.generation import Generation
 from pool.front.parts import Parts
+from pool.front.regions import Loan, Region
 from pool.front.replies import Reply
 from pool.front.route import Route
 from pool.front.slots import Account, Slot, Ticket, Turn
+from pool.front.workers import Worker
 from pool.shm import loans
 from pool.shm.arena import Arena
 from pool.shm.control import LoadReport
@@ -110,6 +114,25 @@ class NumpyModel:
         return call
 
 
+class ClientMemory:
+    """A region of a client, as the front has it.
+
+    Args:
+        size: Bytes.
+    """
+
+    def __init__(self, size: int) -> None:
+        fd = os.memfd_create("pool-region")
+        os.pwrite(fd, bytes(size), 0)
+        self._mine = mmap.mmap(fd, size)
+        self.region = Region(fd, size)
+
+    def lay(self, offset: int, array: Array) -> Loan:
+        """Write an array there; gives where it lies."""
+        self._mine[offset : offset + array.nbytes] = array.tobytes()
+        return Loan(self.region, offset)
+
+
 class Collector:
     """A sink that keeps what it is sent, decoded as a client would.
 
@@ -169,8 +192,12 @@ class Rig:
             served.config.allowed_batch_sizes,
             loans.Borrowed(self.borrower),
         )
+        # Knows what regions the Runner has; it has no process.
+        self.worker = Worker(0, 0, "serving", "", Placement())
+        self.worker.loans = self.lender
         self.now = time.monotonic()
         self.batches: list[int] = []
+        self.lent: list[bool] = []
 
     def __enter__(self) -> Rig:
         return self
@@ -209,7 +236,9 @@ class Rig:
         columns, turn = wire.split_parts(table, sum(rows for _, _, rows in requests)), Turn(self.now)
         return Parts(self.sink, b"client", route, turn, route.key, self.account, table, columns, self.now)
 
-    def place(self, id_: Any, inputs: dict[str, Array], **keywords: Any) -> Ticket:
+    def place(
+        self, id_: Any, inputs: dict[str, Array], loans: Sequence[Loan] = (), **keywords: Any
+    ) -> Ticket:
         """Admit a request; raises what `Generation.place` raises."""
         route = self.route(inputs, **keywords)
         rows = len(next(iter(inputs.values()))) if route.is_batched else 1
@@ -218,7 +247,7 @@ class Rig:
             bytes(wire.encode_tensor(array, region.dtype))
             for array, region in zip(inputs.values(), route.regions, strict=True)
         ]
-        self.generation.place(ticket, frames, self.now)
+        self.generation.place(ticket, frames, self.now, loans)
         return ticket
 
     # -- an engine's and a worker's part -------------------------------------------------------------
@@ -241,8 +270,16 @@ class Rig:
     def answer(self, slot: Slot) -> Message:
         """Run a dispatched batch and send its answers."""
         self.generation.arena.describe(slot.index, slot.tickets[0].route.layout)
-        message = self.runner.run(Message(Ring.RUN, slot.index, slot.rows, slot.generation, slot.layout))
+        kind = Ring.RUN
+        if slot.loans:
+            if self.generation.can_lend(slot):
+                self.worker.lend(slot, self.generation.arena)
+                kind = Ring.RUN_LENT
+            else:
+                self.generation.settle_loans(slot)
+        message = self.runner.run(Message(kind, slot.index, slot.rows, slot.generation, slot.layout))
         self.batches.append(slot.rows)
+        self.lent.append(kind == Ring.RUN_LENT)
         for ticket in self.batcher.finish(slot, self.now):
             ticket.is_settled = True
             if message.kind == Ring.DONE:

@@ -50,9 +50,10 @@ def place(rig, ids, millis=0):
     return ids
 
 
-def send_results(rig):
+def send_results(rig, row_bytes=4):
     (slot,) = rig.start()
-    rig.sink.send_results(slot.tickets, SimpleNamespace(numeric=[(0, 4)]), slot)
+    reply = SimpleNamespace(numeric=[(0, row_bytes)], row_bytes=row_bytes)
+    rig.sink.send_results(slot.tickets, reply, slot)
 
 
 def test_what_lies_together_leaves_together_as_far_as_a_table_goes(rig):
@@ -65,6 +66,16 @@ def test_what_lies_together_leaves_together_as_far_as_a_table_goes(rig):
         ("bundle", bundles[1] + bundles[2]),
         ("bundle", bundles[3]),
     ]
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "messages"), [(200_000, [[1, 2, 3, 4, 5], [6, 7]]), (1 << 20, [[i] for i in range(1, 8)])]
+)
+def test_large_answers_do_not_wait_for_each_other(rig, row_bytes, messages):
+    for id_ in range(1, 8):
+        rig.place(id_, {"x": np.zeros((1, 1), np.float32)})
+    send_results(rig, row_bytes)
+    assert [ids for _, ids in rig.recorder.sent] == messages
 
 
 def test_a_request_that_is_left_alone_is_answered_alone(rig):

@@ -127,6 +127,34 @@ def test_a_block_is_used_again_when_the_reply_came_and_not_before(endpoint):
     asyncio.run(go())
 
 
+@pytest.mark.parametrize("kind", [Kind.RESULT, Kind.ERROR])
+def test_a_bundle_of_replies_ends_the_use_of_all_its_blocks(endpoint, kind):
+    async def go():
+        async with regions_of(endpoint) as (here, there):
+            await granted(here)
+            places = [offset_of(here.place(request(id_))) for id_ in (1, 2, 3)]
+            table = wire.PART.pack(1, 0, 1) + wire.PART.pack(3, 0, 3) + wire.PART.pack(77, 0, 0)
+            header = wire.encode_header(Header(kind, 0, b"meta", rows=4, flags=Flag.BUNDLE))
+            answer = [header, table] if kind is Kind.ERROR else [header, table, bytes(LARGE // 3 * 4 + 4)]
+            for bad in ([], [b"short"], [table[:-1]]):
+                assert here.answered([header, *bad]) == [header, *bad]
+            assert len(here.live) == 3
+            assert here.answered(answer) is answer
+            assert [int.from_bytes(id_, "little") for id_ in here.live] == [2]
+            assert offset_of(here.place(request(4))) == places[0]
+            assert offset_of(here.place(request(5))) == places[2]
+            here.answered([reply(4)])
+            await turn()
+            # Of the answers that came, the one of three rows was large enough for a room of its own.
+            here.place(request(6))
+            await turn()
+            here.answered([reply(6)])
+            here.place(request(7))
+            assert there.describe()["open"] == 1 + (kind is Kind.RESULT)
+
+    asyncio.run(go())
+
+
 def test_memory_grows_with_what_is_in_flight_up_to_its_bound(endpoint, monkeypatch):
     monkeypatch.setattr(region, "REGIONS_MAX_BYTES", 4 << 20)
 

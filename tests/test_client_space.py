@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-import mmap
-
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from pool.client.space import Space
+from pool.client.space import ALIGNMENT_BYTES, Space
 
 
 class SpaceMachine(RuleBasedStateMachine):
     """Blocks are taken and given back in any order."""
 
-    PAGES = 32
+    BLOCKS = 32
     blocks = Bundle("blocks")
 
     def __init__(self):
         super().__init__()
-        self.space = Space(self.PAGES * mmap.PAGESIZE)
+        self.space = Space(self.BLOCKS * ALIGNMENT_BYTES)
         self.held = {}  # offset to bytes asked for
 
-    @rule(target=blocks, size=st.integers(1, 12 * mmap.PAGESIZE))
+    @rule(target=blocks, size=st.integers(1, 12 * ALIGNMENT_BYTES))
     def take(self, size):
         offset = self.space.take(size)
         if offset is None:
-            pages = -(-size // mmap.PAGESIZE)
-            assert not any(self.is_free(page, pages) for page in range(self.PAGES - pages + 1))
+            count = -(-size // ALIGNMENT_BYTES)
+            assert not any(self.is_free(first, count) for first in range(self.BLOCKS - count + 1))
             return -1
         self.held[offset] = size
         return offset
 
-    def is_free(self, page, pages):
-        used = [(at // mmap.PAGESIZE, -(-(at + n) // mmap.PAGESIZE)) for at, n in self.held.items()]
-        return all(page + pages <= start or page >= end for start, end in used)
+    def is_free(self, first, count):
+        used = [(at // ALIGNMENT_BYTES, -(-(at + n) // ALIGNMENT_BYTES)) for at, n in self.held.items()]
+        return all(first + count <= start or first >= end for start, end in used)
 
     @rule(offset=consumes(blocks))
     def give_back(self, offset):
@@ -46,7 +44,7 @@ class SpaceMachine(RuleBasedStateMachine):
         ends = 0
         for offset, size in sorted(self.held.items()):
             assert offset >= ends
-            assert offset % mmap.PAGESIZE == 0
+            assert offset % ALIGNMENT_BYTES == 0
             ends = offset + size
         assert ends <= self.space.size
         assert self.space.is_empty == (not self.held)

@@ -23,7 +23,7 @@ from pool.errors import (
 from pool.shm.arena import OutputPlace, encode_outputs
 from pool.signature import DTYPES, Signature, TensorSpec, numpy_dtype
 from pool.wire import PredictMeta, TensorMeta
-from tests.rig import NumpyModel, Rig, floats, generation, identity
+from tests.rig import ClientMemory, NumpyModel, Rig, floats, generation, identity
 
 FLOATS = identity(("x", "float32", (None, 3)))
 PAIR = identity(("a", "int32", (None,)), ("b", "float64", (None, 2)))
@@ -303,6 +303,145 @@ def test_string_payloads_that_are_none_are_refused(rig_of, payload):
     with pytest.raises(WireError, match="string tensor"):
         rig.generation.place(ticket, [payload], rig.now)
     assert rig.batcher.is_idle
+
+
+# -- rows that stay where their client has them -------------------------------------------------------
+
+ROW_BYTES = 64
+VECTORS = identity(("x", "float32", (None, 16)))
+
+
+def vectors(rows, start=0):
+    return np.arange(16 * rows, dtype=np.float32).reshape(rows, 16) + np.float32(start)
+
+
+def lay(rig, memory, id_, row, rows):
+    """A request whose rows lie in memory of its client from such a row on."""
+    x = vectors(rows, 1000 * id_)
+    rig.place(id_, {"x": x}, loans=[memory.lay(ROW_BYTES * row, x)])
+    return x
+
+
+def got_back(rig, sent):
+    assert sorted(rig.sink.answers) == sorted(sent)
+    for id_, x in sent.items():
+        np.testing.assert_array_equal(rig.sink.answers[id_]["x_out"], x)
+
+
+def test_rows_that_follow_each_other_are_run_on_where_they_lie(rig_of):
+    rig, memory = rig_of(VECTORS, max_batch_size=8), ClientMemory(4096)
+    sent = {}
+    for id_, (row, rows) in enumerate([(5, 1), (6, 3), (9, 4), (13, 2)]):  # 8 and 2
+        sent[id_] = lay(rig, memory, id_, row, rows)
+    for slot in rig.generation.arena.slots:
+        slot[8192:] = 0xEE
+    rig.run_all()
+    assert (rig.batches, rig.lent) == ([8, 2], [True, True])
+    assert all(slot[8192 + 64] == 0xEE for slot in rig.generation.arena.slots), "rows were copied"
+    got_back(rig, sent)
+
+
+@pytest.mark.parametrize(
+    "what", ["a gap", "another region", "rows before", "copied rows", "a bundle", "too many"]
+)
+def test_a_batch_that_does_not_lie_in_one_piece_is_in_its_slot(rig_of, what):
+    rig, memory, other = rig_of(VECTORS, max_batch_size=4), ClientMemory(4096), ClientMemory(4096)
+    sent = {0: lay(rig, memory, 0, 2, 2)}
+    match what:
+        case "a gap":
+            sent[1] = lay(rig, memory, 1, 5, 1)
+        case "another region":
+            sent[1] = lay(rig, other, 1, 4, 1)
+        case "rows before":
+            sent[1] = lay(rig, memory, 1, 1, 1)
+        case "copied rows":
+            sent[1] = vectors(1, 1000)
+            rig.place(1, {"x": sent[1]})
+        case "a bundle":
+            sent |= {1: vectors(1, 1000), 2: vectors(1, 2000)}
+            parts = rig.parts(rig.route({"x": sent[1]}), [(1, 0, 1), (2, 0, 1)])
+            assert not rig.generation.place_all(parts, [sent[1].tobytes() + sent[2].tobytes()], rig.now)
+        case "too many":
+            sent[1] = lay(rig, memory, 1, 4, 3)
+    if what != "too many":
+        sent[3] = lay(rig, memory, 3, 4, 1)  # would follow, if the batch still lay there
+    rig.run_all()
+    assert not rig.lent[0]
+    got_back(rig, sent)
+
+
+def test_a_batch_that_needs_other_rows_beside_its_own_is_in_its_slot(rig_of):
+    rig, memory = rig_of(VECTORS, max_batch_size=4, allowed_batch_sizes=(2, 4)), ClientMemory(4096)
+    sent = {0: lay(rig, memory, 0, 0, 2), 1: lay(rig, memory, 1, 2, 1)}
+    rig.run_all()
+    sent |= {2: lay(rig, memory, 2, 0, 2), 3: lay(rig, memory, 3, 2, 2), 4: lay(rig, memory, 4, 4, 2)}
+    rig.run_all()
+    assert (rig.batches, rig.lent) == ([3, 4, 2], [False, True, True])
+    got_back(rig, sent)
+
+
+def test_rows_that_nobody_waits_for_are_left_out_where_they_lie_too(rig_of):
+    rig, memory = rig_of(VECTORS, max_batch_size=8), ClientMemory(4096)
+    sent = {id_: lay(rig, memory, id_, id_, 1) for id_ in range(4)}
+    (slot,) = rig.start()
+    rows = {ticket.id: rig.generation.read_rows(slot, ticket) for ticket in slot.tickets}
+    assert {id_: [x.tobytes()] for id_, x in sent.items()} == rows
+    live = [ticket for ticket in slot.tickets if ticket.id in (1, 3)]
+    rig.generation.refill(slot, [(ticket, rows[ticket.id]) for ticket in live], [])
+    rig.finish(slot)
+    assert (rig.batches, rig.lent) == ([2], [False])
+    got_back(rig, {1: sent[1], 3: sent[3]})
+
+
+def test_indices_and_what_no_framework_could_alias_are_copied(rig_of):
+    memory = ClientMemory(4096)
+    rig = rig_of(identity(("x", "int32", (None, 16))))
+    x = np.arange(16, dtype=np.int32).reshape(1, 16)
+    rig.place(0, {"x": x}, loans=[memory.lay(0, x)])
+    rig.run_all()
+    assert rig.lent == [False]
+    rig = rig_of(VECTORS)
+    rig.place(0, {"x": vectors(1)}, loans=[memory.lay(32, vectors(1))])
+    rig.run_all()
+    assert rig.lent == [False]
+    got_back(rig, {0: vectors(1)})
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    requests=st.lists(
+        st.tuples(st.integers(0, 4), st.sampled_from(["behind", "elsewhere", "other", "copied", "run"])),
+        min_size=1,
+        max_size=20,
+    ),
+    capacity=st.integers(1, 5),
+    allowed=st.booleans(),
+)
+def test_wherever_rows_lie_each_request_gets_its_own_back(requests, capacity, allowed):
+    sizes = (capacity,) if allowed else ()
+    served = generation(VECTORS, max_batch_size=capacity, slots=6, allowed_batch_sizes=sizes)
+    memories = [ClientMemory(1 << 16) for _ in range(2)]
+    ends = [0, 0]
+    sent = {}
+    with Rig(served) as rig:
+        for id_, (rows, how) in enumerate(requests):
+            x = vectors(rows, 1000 * id_)
+            which = how == "other"
+            place = []
+            if how in ("behind", "elsewhere", "other"):
+                row = ends[which] + (how == "elsewhere")
+                ends[which] = row + rows
+                place = [memories[which].lay(ROW_BYTES * row, x)]
+            if how == "run":
+                rig.run_all()
+                continue
+            try:
+                rig.place(id_, {"x": x}, loans=place)
+            except (Overloaded, TooLarge):
+                continue
+            sent[id_] = x
+        rig.run_all()
+        got_back(rig, sent)
 
 
 # -- whatever is placed comes back -------------------------------------------------------------------

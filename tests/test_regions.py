@@ -613,7 +613,7 @@ def workers_of(client, model="alone"):
 
 
 def distinct(count):
-    """Requests of which each fills a batch."""
+    """Requests that may not be taken for each other."""
     return [np.full((1, 60_000), i, np.float32) for i in range(count)]
 
 
@@ -624,21 +624,21 @@ def until(condition):
         time.sleep(0.01)
 
 
-def test_a_request_that_fills_a_batch_is_run_on_where_it_lies(server):
+@pytest.mark.parametrize("model", ["alone", "any"])
+def test_a_batch_is_run_on_where_its_client_put_it(server, model):
     async def go():
         async with AsyncClient(server.endpoint) as client:
             for _ in range(6):
-                answers = await asyncio.gather(*[client.predict("alone", x) for x in distinct(4)])
+                answers = await asyncio.gather(*[client.predict(model, x) for x in distinct(4)])
                 for i, answer in enumerate(answers):
                     assert answer["y"].tolist() == [[2.0 * i] * 60_000]
 
     with Client(server.endpoint, share_memory=False) as watcher:
-        pids = workers_of(watcher)
+        pids = workers_of(watcher, model)
         with Client(server.endpoint) as client:
             for x in distinct(4):
-                assert client.predict("alone", x)["y"].tolist() == (2 * x).tolist()
+                assert client.predict(model, x)["y"].tolist() == (2 * x).tolist()
             assert any(mapped(pid) for pid in pids)
-            assert not any(mapped(pid) for pid in workers_of(watcher, "any")), "batches of many are copied"
         asyncio.run(go())
         until(lambda: not any(mapped(pid) for pid in pids))  # the clients are gone: so is their memory
 
@@ -780,6 +780,24 @@ def test_references_are_counted_like_tensors(liar):
     for number in (0, 2, 300):
         with pytest.raises(WireError, match="tensor frames"):
             liar.ask([reference] * number)
+
+
+def test_answers_to_requests_that_ran_together_come_together(server, liar):
+    meta = wire.encode_meta(PredictMeta("any", None, None, (TensorMeta("x", "float32", (4,)),)))
+    with Client(server.endpoint, share_memory=False) as watcher:
+        (pid,) = workers_of(watcher, "any")
+        os.kill(pid, signal.SIGSTOP)
+        for id_, offset in ((901, 0), (902, 64), (903, 80), (904, 96), (905, 1024)):  # the last is copied
+            header = wire.encode_header(Header(Kind.PREDICT, id_, meta, rows=1, flags=Flag.REGION))
+            liar.socket.send_multipart([header, REFERENCE.pack(liar.region.token, offset, 16)])
+        until(lambda: watcher.status()["models"]["any"]["queue_rows"] == 4)  # the first was alone
+        os.kill(pid, signal.SIGCONT)
+    (_, first), (header, table, rest) = (liar.socket.recv_multipart() for _ in range(2))
+    assert np.frombuffer(first, np.float32).tolist() == [0, 2, 4, 6]
+    assert wire.decode_header(header).flags == Flag.BUNDLE
+    assert wire.split_parts(table, 4)[0] == [902, 903, 904, 905]
+    begins = np.array([[16.0], [20.0], [24.0], [256.0]])
+    np.testing.assert_array_equal(np.frombuffer(rest, np.float32).reshape(4, 4), 2 * (begins + np.arange(4)))
 
 
 def test_a_bundle_of_references_is_refused_for_each_of_its_requests(liar):

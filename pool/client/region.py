@@ -33,7 +33,7 @@ import numpy.typing as npt
 
 from pool import wire
 from pool.client.route import Frame, remember
-from pool.client.space import Space
+from pool.client.space import ALIGNMENT_BYTES, Space
 from pool.errors import PoolError, Unavailable, WireError
 from pool.shm.memory import available_bytes
 from pool.wire import Flag, Kind
@@ -58,14 +58,13 @@ _RETRY_S = 10.0
 _CHECK_S = 1.0
 
 _PAGE_BYTES = mmap.PAGESIZE
-_ALIGNMENT = 64  # of tensors in a block: what copies are fastest at
 _F_SEAL_FUTURE_WRITE = 0x0010  # <linux/fcntl.h>; not in Python 3.10's fcntl
 _ROOM_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _SEALS = _ROOM_SEALS | _F_SEAL_FUTURE_WRITE
 _ZEROS_BYTES = 1 << 20
 # Plain numbers, because those of a Python enum take long to join.
 _PREDICT, _RESULT = int(Kind.PREDICT), int(Kind.RESULT)
-_REGION, _ROOM, _NOT_PLAIN = int(Flag.REGION), int(Flag.ROOM), int(Flag.BUNDLE | Flag.REGION)
+_BUNDLE, _REGION, _ROOM = int(Flag.BUNDLE), int(Flag.REGION), int(Flag.ROOM)
 _ID_END = wire.HEAD_BYTES + 8
 _ROWS_OFFSET = 20  # from here a header is the same for all requests of a kind: rows and meta
 _pack = wire.REFERENCE.pack
@@ -193,7 +192,7 @@ class Supply:
                 self.close()
                 self._retry_at = now + _RETRY_S
                 raise Unavailable("the front has let go of its regions")
-        for region in self._granted:
+        for region in reversed(self._granted):  # the largest first: there rows find room behind each other
             at = region.space.take(size)
             if at is not None:
                 return Place(region, at, size)
@@ -273,10 +272,10 @@ class Regions:
             Frames with references; those given if it has to go as it is.
         """
         header, *tensors = frames
-        if self._tensors is None or header[3] != _PREDICT or header[6] & _NOT_PLAIN:
+        if self._tensors is None or header[3] != _PREDICT or header[6] & (_BUNDLE | _REGION):
             return frames
         sizes = [len(tensor) for tensor in tensors]
-        total = sum([-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes])
+        total = sum([-(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for size in sizes])
         id_ = header[wire.HEAD_BYTES : _ID_END]
         if total == 0 or id_ in self.live:
             return frames
@@ -299,7 +298,7 @@ class Regions:
             if size:
                 region.memory[at : at + size] = np.frombuffer(tensor, np.uint8)
             placed.append(_pack(region.token, at, size))
-            at += -(-size // _ALIGNMENT) * _ALIGNMENT
+            at += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         if room is not None:
             placed.append(_pack(room.region.token, room.offset, room.size))
         return placed
@@ -317,19 +316,42 @@ class Regions:
             WireError: it refers to something else than the room of its request.
         """
         header: bytes = message[0]
-        sent = self.live.pop(header[wire.HEAD_BYTES : _ID_END], None)
-        if sent is None:
+        if len(header) > 6 and header[6] & _BUNDLE:
+            self._answered_together(header, message[1:])
             return message
-        sent.tensors.give_back()
-        if sent.room is not None:
-            sent.room.give_back()  # nobody takes it before this reply is read
-        if len(header) > 6 and header[3] == _RESULT:
+        sent = self._end(header[wire.HEAD_BYTES : _ID_END])
+        if sent is not None and len(header) > 6 and header[3] == _RESULT:
             if header[6] & _REGION:
                 return _collect(header, message[1:], sent.room)
-            total = sum([-(-len(tensor) // _ALIGNMENT) * _ALIGNMENT for tensor in message[1:]])
-            if total >= SHARE_BYTES:  # the next of this kind has room for it
-                remember(self._answer_bytes, sent.kind, total)
+            self._learn(sent, [len(tensor) for tensor in message[1:]])
         return message
+
+    def _answered_together(self, header: bytes, frames: Sequence[Frame]) -> None:
+        """Take in a bundle of replies; whatever is wrong with it, whoever decodes it says."""
+        table = bytes(frames[0]) if frames else b""
+        if len(table) % wire.PART.size or len(header) < wire.FIXED_BYTES:
+            return
+        rows = wire.HEAD.unpack_from(header)[3]
+        for at in range(0, len(table), wire.PART.size):
+            sent = self._end(table[at : at + 8])
+            if sent is not None and header[3] == _RESULT and rows:
+                share = wire.PART.unpack_from(table, at)[2]
+                self._learn(sent, [len(tensor) * share // rows for tensor in frames[1:]])
+
+    def _end(self, id_: bytes) -> _Sent | None:
+        """A request was answered: its memory can be used again."""
+        sent = self.live.pop(id_, None)
+        if sent is not None:
+            sent.tensors.give_back()
+            if sent.room is not None:
+                sent.room.give_back()  # nobody takes it before this reply is read
+        return sent
+
+    def _learn(self, sent: _Sent, sizes: Sequence[int]) -> None:
+        """Have the next request of this kind bring room for its answer, if that is large."""
+        total = sum([-(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for size in sizes])
+        if total >= SHARE_BYTES:
+            remember(self._answer_bytes, sent.kind, total)
 
     def trim(self) -> None:
         """Give all regions back if none was used lately."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import bisect
-import mmap
+
+# Of blocks: what copies are fastest at, and frameworks want. Not more: rows that follow each other, without a
+# gap, can be run on where they lie (`pool.shm.loans`).
+ALIGNMENT_BYTES = 64
 
 
 class Space:
@@ -26,9 +29,9 @@ class Space:
         return not self._blocks
 
     def take(self, size: int) -> int | None:
-        """Where a block of so many bytes (above 0) begins, on pages of its own; None if there is no room."""
+        """Where a block of so many bytes (above 0) begins, aligned; None if there is no room."""
         assert size > 0, "a block of nothing"
-        size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         for i, (offset, free) in enumerate(self._free):
             if free >= size:
                 if free == size:

@@ -222,7 +222,7 @@ class Calls:
             and account.rows + rows <= route.inflight_rows
             and not generation.poison
         ):
-            slot = generation.batcher.open_slot(key, route.capacity)
+            slot = generation.open_slot(key, route.capacity)
             if slot is not None and rows > slot.capacity - slot.rows:
                 generation.batcher.abandon(slot)
                 slot = None

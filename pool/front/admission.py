@@ -231,7 +231,8 @@ class Admission:
         deadline = now + (header.millis * 1e-3 or route.timeout_s)
         account, key = client.account(route.generation), _key(route, header)
         turn = self._engine.turn
-        sink: Outbound | Timelines | Room = room or self.outbound
+        alone = self._bundles if header.flags & _REGION else self.outbound
+        sink: Outbound | Bundles | Timelines | Room = room or alone
         if header.flags & _TIMELINE:  # in a turn of its own, which began after the message came
             turn, sink = self._engine.flush(route.generation, 0), self._timelines
         ticket = Ticket(sink, client, header.id, route, header.rows, deadline, turn, key, account)

@@ -123,12 +123,7 @@ class Crew(abc.ABC):
 
     def run(self, worker: Worker, slot: Slot) -> None:
         """Ring a worker's doorbell: `slot` is its now, to run at once or after the one that it has."""
-        try:
-            is_lent = worker.lend(slot, self._generation.arena)
-        except OSError as e:
-            log.debug("region not lent", **self._who(worker), reason=e.strerror)
-            self._generation.settle_loans(slot)
-            is_lent = False
+        is_lent = bool(slot.loans) and self._lend(worker, slot)
         if self._board is not None:
             self._board.add(worker.index, 1)
             slot.answers = self._board.answers(worker.index)
@@ -136,6 +131,18 @@ class Crew(abc.ABC):
             worker.run(slot, Ring.RUN_LENT if is_lent else Ring.RUN)
         except OSError as e:  # it is dying: its end is about to be seen, and the slot recovered then
             log.warning("doorbell does not ring", **self._who(worker), reason=e.strerror)
+
+    def _lend(self, worker: Worker, slot: Slot) -> bool:
+        """Have a worker run a batch where it lies; False if that cannot be, and it lies in its slot now."""
+        if self._generation.can_lend(slot):
+            try:
+                worker.lend(slot, self._generation.arena)
+            except OSError as e:
+                log.debug("region not lent", **self._who(worker), reason=e.strerror)
+            else:
+                return True
+        self._generation.settle_loans(slot)
+        return False
 
     def recall(self, slot: Slot) -> Slot | None:
         """Take back the slot that a worker has ahead; gives what was taken back (`Worker.recall`)."""

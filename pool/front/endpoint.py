@@ -300,7 +300,7 @@ class Endpoint:
                 account = client.accounts.get(generation) or client.account(generation)
                 slot = None
                 if patience >= batcher.expected_s and account.rows + rows <= route.inflight_rows:
-                    slot = batcher.open_slot(key, route.capacity)
+                    slot = generation.open_slot(key, route.capacity)
                 if slot is None:
                     ticket = Ticket(
                         self._outbound, client, id_, route, rows, now + patience, turn, key, account

@@ -26,7 +26,7 @@ from pool.front.replies import Join, Reply
 from pool.front.route import Route, check_input, choose_outputs
 from pool.front.sizing import plan_arena, row_bytes
 from pool.front.slots import Slot, Ticket
-from pool.shm.arena import Arena, Layout, decode_outputs, plan_layout
+from pool.shm.arena import Arena, InputRegion, Layout, decode_outputs, plan_layout
 from pool.shm.control import LoadReport
 from pool.shm.loans import is_aligned
 from pool.signature import Signature, choose_signature
@@ -259,7 +259,8 @@ class Generation:
     ) -> None:
         """Copy a request's rows into slots and commit them, split over batches where one has no room.
 
-        A request that fills a batch by itself, and may be run on where it lies, is not copied.
+        Rows that lie one after the other in memory of their client, and may be run on there, are not copied
+        as long as nothing else comes to their batch.
 
         Args:
             ticket: In no slot yet; its `route` and `rows` are set.
@@ -279,12 +280,8 @@ class Generation:
             if refusal is not None:
                 raise refusal
         self.check_room(ticket, now)
-        if loans and ticket.rows == route.capacity and _can_lend(route, loans):
-            slot = self.batcher.open_slot(ticket.key, route.capacity)
-            if slot is not None and slot.rows == 0:
-                slot.loans = [loan for _, loan in sorted(zip(route.order, loans, strict=True))]
-                self.batcher.commit(slot, ticket, now)
-                return
+        if loans and self._borrow(ticket, loans, now):
+            return
         join: Join | None = None
         done = 0
         while join is None or done < ticket.rows:
@@ -316,6 +313,38 @@ class Generation:
             self.batcher.commit(slot, part, now)
             done += rows
 
+    def _borrow(self, ticket: Ticket, loans: Sequence[Loan], now: float) -> bool:
+        """Commit a request whose rows stay where they lie: the first of a batch, or right behind the others.
+
+        Args:
+            ticket: In no slot yet; there is room for it.
+            loans: Where its payloads lie, in its own order.
+            now: Monotonic seconds.
+
+        Returns:
+            Whether it was; else its rows are to be copied.
+        """
+        route: Route = ticket.route
+        if not 0 < ticket.rows <= route.capacity or not _can_lend(route, loans):
+            return False
+        slot = self.batcher.open_slot(ticket.key, route.capacity)
+        if slot is None or ticket.rows > slot.capacity - slot.rows:
+            return False
+        ordered = [loan for _, loan in sorted(zip(route.order, loans, strict=True))]
+        if slot.rows == 0:
+            slot.loans = ordered
+        elif not slot.loans or not _follow(ordered, slot, route.layout):
+            return False
+        self.batcher.commit(slot, ticket, now)
+        return True
+
+    def open_slot(self, key: int, capacity: int) -> Slot | None:
+        """`Batcher.open_slot` for rows that are copied: those in the slot lie there, too, from now on."""
+        slot = self.batcher.open_slot(key, capacity)
+        if slot is not None and slot.loans:
+            self.settle_loans(slot)
+        return slot
+
     def fill(
         self, route: Route, key: int, columns: Sequence[Column | StringColumn], done: int, rows: int
     ) -> tuple[Slot | None, int]:
@@ -335,7 +364,7 @@ class Generation:
             TooLarge: the first of them does not even fit an empty slot.
         """
         while True:
-            slot = self.batcher.open_slot(key, route.capacity)
+            slot = self.open_slot(key, route.capacity)
             if slot is None:
                 return None, 0
             memory = self.arena.slots[slot.index]
@@ -365,10 +394,9 @@ class Generation:
         """A copy of a ticket's rows, as payloads in the order of the layout."""
         regions = ticket.route.layout.descriptor.inputs
         if slot.loans:
-            sizes = [region.row_bytes * ticket.rows for region in regions]
             return [
-                bytes(loan.region.memory[loan.offset : loan.offset + size])
-                for loan, size in zip(slot.loans, sizes, strict=True)
+                bytes(_rows_of(loan, region, ticket.start, ticket.rows))
+                for loan, region in zip(slot.loans, regions, strict=True)
             ]
         return read_rows(regions, self.arena.slots[slot.index], ticket.start, ticket.rows)
 
@@ -391,7 +419,17 @@ class Generation:
 
     def settle_loans(self, slot: Slot) -> None:
         """Copy a batch that lies in memory of its client into its slot."""
-        self.refill(slot, [(ticket, self.read_rows(slot, ticket)) for ticket in slot.tickets], slot.aside)
+        view = self.views[slot.index]
+        layout: Layout = slot.tickets[0].route.layout
+        for loan, region in zip(slot.loans, layout.descriptor.inputs, strict=True):
+            rows = _rows_of(loan, region, 0, slot.rows)
+            view[region.offset : region.offset + len(rows)] = rows
+        slot.loans = ()
+
+    def can_lend(self, slot: Slot) -> bool:
+        """Whether a worker can run a batch where it lies: it needs no rows beside those of the requests."""
+        allowed = self.config.allowed_batch_sizes
+        return not allowed or slot.rows in allowed
 
     def _unplace(self, join: Join | None) -> None:
         if join is not None:
@@ -425,3 +463,17 @@ class Generation:
 
 def _can_lend(route: Route, loans: Sequence[Loan]) -> bool:
     return route.is_lendable and all(is_aligned(loan.offset) for loan in loans)
+
+
+def _follow(loans: Sequence[Loan], slot: Slot, layout: Layout) -> bool:
+    """Whether rows begin where those of the slot end, of each input."""
+    return all(
+        loan.region is base.region and loan.offset == base.offset + slot.rows * region.row_bytes
+        for loan, base, region in zip(loans, slot.loans, layout.descriptor.inputs, strict=True)
+    )
+
+
+def _rows_of(loan: Loan, region: InputRegion, start: int, rows: int) -> memoryview:
+    """Some rows of a batch that lies in memory of its client."""
+    at = loan.offset + start * region.row_bytes
+    return loan.region.memory[at : at + rows * region.row_bytes]

@@ -296,7 +296,7 @@ class Lines:
         key = route.key if priority == UNSAID else route.keys[priority]
         slot = None
         if patience >= batcher.expected_s and account.rows + rows <= route.inflight_rows:
-            slot = batcher.open_slot(key, route.capacity)
+            slot = generation.open_slot(key, route.capacity)
         turn = self._engine.turn
         ticket = Ticket(admission.outbound, client, id_, route, rows, now + patience, turn, key, account)
         if slot is None:

@@ -64,7 +64,7 @@ def _place(
     batcher.expect(now)
     first, count = 0, len(parts)
     while first < count:
-        slot = batcher.open_slot(parts.key, route.capacity)
+        slot = generation.open_slot(parts.key, route.capacity)
         room = 0 if slot is None else min(slot.capacity - slot.rows, route.inflight_rows - account.rows)
         end = first
         if room > 0 and parts.deadline(first) >= now + batcher.expected_s:

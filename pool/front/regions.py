@@ -3,8 +3,8 @@
 A client connects to the socket beside an `ipc://` endpoint's (`pool.front.doorway`) and passes one memfd, its
 *region*, for as long as the connection stands (`docs/wire.md` 7). Then its requests may say where in the
 region their tensors lie, and the front copies them from there into the slot: one copy at the speed of
-memory, where a message is copied by the kernel twice before that. A request that fills a batch by itself is
-not even copied: the worker runs on the region (`pool.shm.loans`).
+memory, where a message is copied by the kernel twice before that. Rows of a batch that lie one after the
+other in one region are not even copied: the worker runs on the region (`pool.shm.loans`).
 
 The memory is the client's, which may do with it what it likes while it is read. So nothing that is
 read is believed (strings are copied before their offsets are looked at), and nothing the client can do

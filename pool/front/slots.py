@@ -135,7 +135,7 @@ class Slot:
         pins: The shell's count of answers that still read the slot's bytes.
         runs: How often these rows were dispatched.
         trial: The shell's note on a batch that failed.
-        loans: The shell's note on where its inputs lie, if that is not in the slot.
+        loans: The shell's note on where its rows lie, one after the other, if that is not in the slot.
         is_overdue: Whether its worker took too long and was given up.
         closed_by: Why its batch went: `full`, `idle_worker` (it had room, but a worker had nothing to do),
             `overdue` (`max_queue_delay_s` passed), `no_room` (none for the next strings), `rerun`.

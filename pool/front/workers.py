@@ -150,8 +150,8 @@ class Worker:
             self.ahead = slot
         doorbell.ring(self.bell, Message(kind, slot.index, slot.rows, slot.generation, slot.layout))
 
-    def lend(self, slot: Slot, arena: Arena) -> bool:
-        """Have the worker know the regions in which a batch lies; False if it lies in its slot.
+    def lend(self, slot: Slot, arena: Arena) -> None:
+        """Have the worker know the regions in which a batch lies.
 
         Raises:
             OSError: they cannot be passed to it.
@@ -163,10 +163,8 @@ class Worker:
                 loans.lend(self.loans, region.number, region.size, region.fd)
                 self.lent.add(region.number)
                 weakref.finalize(region, self._give_back, region.number).atexit = False
-        if slot.loans:
-            places = [loans.Place(loan.region.number, loan.offset) for loan in slot.loans]
-            loans.write_places(arena.slots[slot.index], places)
-        return bool(slot.loans)
+        places = [loans.Place(loan.region.number, loan.offset) for loan in slot.loans]
+        loans.write_places(arena.slots[slot.index], places)
 
     def _give_back(self, number: int) -> None:
         """A region has gone, and nothing runs on it any more: neither shall its memory stay."""

@@ -1,7 +1,7 @@
 """Memory of a client that a worker runs on directly: passed to it once, then named by a number.
 
-A request that fills a batch by itself need not be copied into the slot: its tensors lie in a region that the
-front has checked (`pool.front.regions`), and a worker can map that as well. The front passes the region's
+Rows that lie one after the other in a region need not be copied into the slot: the front has checked the
+region (`pool.front.regions`), and a worker can map it as well. The front passes the region's
 memfd over a `SOCK_SEQPACKET` pair of its own, which the worker reads when it is told to run on a region it
 does not know. Whether it may be run on is settled by what can happen if the client writes meanwhile: an
 answer of its own that makes no sense, and nothing else (`LENDABLE`).

@@ -119,6 +119,7 @@ class Runner:
             padded = self._padded(rows, descriptor)
             lent: tuple[Place, ...] = ()
             if message.kind == Ring.RUN_LENT:
+                assert padded == rows, "rows that nobody has lent"
                 lent = read_places(self._arena.slots[slot], len(descriptor.inputs))
             elif padded > rows:
                 self._pad(slot, descriptor, rows, padded)
