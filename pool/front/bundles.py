@@ -2,7 +2,7 @@
 
 A client that sends many requests at once sends them as one message (`docs/wire.md` 3.9), large ones by
 references (7.3). The rows of such requests lie next to each other in a slot, and so do their answers: one
-message carries them back, at the price of one. To send one costs the front 50 µs where its client sleeps.
+message carries them back, at the price of one.
 """
 
 from __future__ import annotations
