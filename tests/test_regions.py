@@ -687,6 +687,40 @@ max_inflight_rows = 8
             assert answer["y"].tolist() == (2 * x).tolist()
 
 
+def test_batches_of_many_run_again_too_when_their_workers_are_killed(start_server, folder):
+    table = f"""
+[models.any]
+path = "{models.path("unknown_rank")}"
+max_batch_size = 4
+workers = 2
+slots = 6
+max_rows_bytes = 4194304
+"""
+
+    async def go(server, watcher):
+        pids = workers_of(watcher, "any")
+        async with AsyncClient(server.endpoint) as client:
+            for _ in range(4):  # to have regions
+                await asyncio.gather(*[client.predict("any", x) for x in distinct(10)])
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            sent = distinct(12)  # of which two run alone, each on a worker
+            calls = asyncio.gather(*[client.predict("any", x) for x in sent])
+            while watcher.status()["models"]["any"]["queue_rows"] < 10:
+                await asyncio.sleep(0.01)
+            assert any(mapped(pid) for pid in pids)
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+            for x, answer in zip(sent, await calls, strict=True):
+                assert answer["y"].tolist() == (2 * x).tolist()
+
+    with (
+        start_server(folder, table) as server,
+        Client(server.endpoint, share_memory=False) as watcher,
+    ):
+        asyncio.run(go(server, watcher))
+
+
 def test_a_client_that_dies_while_its_batch_runs_leaves_no_memory(server):
     with Client(server.endpoint, share_memory=False) as watcher:
         pids = workers_of(watcher)
