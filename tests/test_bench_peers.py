@@ -1,5 +1,6 @@
 """What bench/peers makes of what load generators, servers and clocks say."""
 
+import contextlib
 import json
 import math
 import struct
@@ -9,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.peers import doors, environments, report
+from bench.peers import doors, environments, report, workloads
 from bench.peers.ceilings import naked
 from bench.peers.load import LoadFailed, read_h2load, read_perf_analyzer, read_pool
 from bench.peers.summary import better_waits, contenders, medians, ratio, recovery, share, spread, unmeasured
-from bench.peers.systems import SYSTEMS
+from bench.peers.systems import SYSTEMS, EndedEarly
 from bench.peers.trees import spent_us
 
 H2LOAD = """\
@@ -387,3 +388,23 @@ def test_every_peer_pins_every_package_it_asks_for():
 
 def test_a_process_that_began_meanwhile_counts_whole():
     assert spent_us({1: 1.0, 2: 5.0}, {1: 1.5, 3: 0.25}) == pytest.approx(750_000)
+
+
+@pytest.mark.parametrize(("ends", "starts"), [(0, 1), (2, 3), (3, 3)])
+def test_a_server_that_ends_before_it_is_ready_is_started_again(monkeypatch, ends, starts):
+    tried = []
+
+    @contextlib.contextmanager
+    def running(*_):
+        tried.append("start")
+        if len(tried) <= ends:
+            raise EndedEarly("ended with exit code 1 before it was ready")
+        yield "server"
+        tried.append("end")
+
+    monkeypatch.setattr(workloads, "running", running)
+    expected = pytest.raises(EndedEarly) if ends == 3 else contextlib.nullcontext()
+    with expected, workloads._started(None, None) as server:
+        assert server == "server"
+        assert tried == ["start"] * starts
+    assert tried == ["start"] * starts + ["end"] * (ends < 3)

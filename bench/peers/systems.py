@@ -279,6 +279,10 @@ class Failed(Exception):
     """A server did not start, or does not answer rightly; the sentence says why."""
 
 
+class EndedEarly(Failed):
+    """A server ended before it was ready, which may not happen the next time."""
+
+
 class Running:
     """A server that has answered.
 
@@ -310,7 +314,7 @@ class Running:
         """Wait for an answer, and check all ways in.
 
         Raises:
-            Failed: the server ended, or there is none in time, or it is wrong.
+            Failed: there is none in time, or it is wrong; EndedEarly: the server ended.
         """
         began = time.monotonic()
         first = next(iter(self._system.doors.values()))
@@ -318,7 +322,7 @@ class Running:
         while time.monotonic() - began < READY_TIMEOUT_S:
             if self.tree.process.poll() is not None:
                 code = self.tree.process.returncode
-                raise Failed(f"ended with exit code {code} before it was ready: {self.last_words()}")
+                raise EndedEarly(f"ended with exit code {code} before it was ready: {self.last_words()}")
             try:
                 self._ask(first, 0)
             except (OSError, ValueError, RuntimeError, HTTPException, PoolError) as e:

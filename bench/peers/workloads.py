@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +24,14 @@ from bench.peers.expected import rows_of
 from bench.peers.load import LoadFailed, generate
 from bench.peers.steady import Orders
 from bench.peers.summary import Row, recovery
-from bench.peers.systems import SYSTEMS, Failed, Running, System, Task, running
+from bench.peers.systems import SYSTEMS, EndedEarly, Failed, Running, System, Task, running
 from bench.peers.trees import spent_us
 from tests import models as test_models
 
 MIB = 2**20
+
+# PyTriton's threads do not always find each other in time where several of them load a large model.
+_STARTS = 3
 
 
 class Pace(NamedTuple):
@@ -162,7 +166,7 @@ def measure(prepared: Prepared, system: System, wait_ms: float, pace: Pace) -> l
             "workload": workload.name, "server": system.name, "wait_ms": wait_ms, "workers": workers
         }  # fmt: skip
         try:
-            with running(system, task) as server:
+            with _started(system, task) as server:
                 for name, door in system.doors.items():
                     if workload.name in ("memory", "kill") and rows_of_server(rows, workers):
                         break  # one way in is enough
@@ -172,6 +176,20 @@ def measure(prepared: Prepared, system: System, wait_ms: float, pace: Pace) -> l
             for name in system.doors:
                 rows.append(common | {"system": name, "in_flight": 0, "error": str(e), "failures": 0})
     return rows
+
+
+@contextmanager
+def _started(system: System, task: Task) -> Iterator[Running]:
+    """A running server. One that ends before it is ready is started again, `_STARTS` times in all."""
+    with ExitStack() as stack:
+        for left in reversed(range(_STARTS)):
+            try:
+                server = stack.enter_context(running(system, task))
+                break
+            except EndedEarly:
+                if not left:
+                    raise
+        yield server
 
 
 def rows_of_server(rows: list[Row], workers: int) -> list[Row]:
