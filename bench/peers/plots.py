@@ -98,8 +98,8 @@ def _finish(figure: Any, title: str, results: dict[str, Any], file: Path) -> Non
     from matplotlib import pyplot
 
     figure.suptitle(title)
-    where = f"{results['machine']}; {results['libraries']}; {commits(results)}; {results['date']}"
+    where = f"{results['machine']}; {results['libraries']}\n{commits(results)}; {results['date']}"
     figure.text(0.5, 0.005, where, ha="center", fontsize=7)
-    figure.tight_layout(rect=(0, 0.02, 1, 1))
+    figure.tight_layout(rect=(0, 0.035, 1, 1))
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
