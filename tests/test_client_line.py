@@ -774,6 +774,20 @@ def test_threads_of_a_closing_client_do_not_meet_a_crash(endpoint):
         await_that(lambda: not lines.peers)
 
 
+def test_a_connection_that_is_looked_at_as_its_client_closes_is_closed(endpoint, monkeypatch):
+    def ended(connection):
+        looked_at.append(connection)
+        raise zmq.ContextTerminated
+
+    looked_at = []
+    with scripted_server(endpoint), scripted_lines(endpoint), Client(endpoint) as client:
+        client.predict("m", rows(1))
+        monkeypatch.setattr(Connection, "is_broken", ended)
+        with pytest.raises(Cancelled):
+            client.predict("m", rows(1))
+        assert [connection.socket.closed for connection in looked_at] == [True]
+
+
 def test_closing_an_asyncio_client_cancels_what_is_under_way(made_async, endpoint):
     async def go(client, lines):
         call = asyncio.ensure_future(client.predict("m", rows(1)))

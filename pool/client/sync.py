@@ -307,8 +307,12 @@ class Client:
                 connection = self._pop_idle()
             if connection is None:
                 return self._dial(context, timeout, deadline)
-            if not connection.is_broken():
-                return connection
+            try:
+                if not connection.is_broken():
+                    return connection
+            except BaseException:  # the context ends, and waits until this is closed
+                connection.close()
+                raise
             connection.close()
 
     def _pop_idle(self) -> Connection | None:
