@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from pool.client.space import ALIGNMENT_BYTES, Space
+from pool.client.space import ALIGN_BYTES, Space
 
 
 class SpaceMachine(RuleBasedStateMachine):
@@ -16,21 +16,21 @@ class SpaceMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.space = Space(self.BLOCKS * ALIGNMENT_BYTES)
+        self.space = Space(self.BLOCKS * ALIGN_BYTES)
         self.held = {}  # offset to bytes asked for
 
-    @rule(target=blocks, size=st.integers(1, 12 * ALIGNMENT_BYTES))
+    @rule(target=blocks, size=st.integers(1, 12 * ALIGN_BYTES))
     def take(self, size):
         offset = self.space.take(size)
         if offset is None:
-            count = -(-size // ALIGNMENT_BYTES)
+            count = -(-size // ALIGN_BYTES)
             assert not any(self.is_free(first, count) for first in range(self.BLOCKS - count + 1))
             return -1
         self.held[offset] = size
         return offset
 
     def is_free(self, first, count):
-        used = [(at // ALIGNMENT_BYTES, -(-(at + n) // ALIGNMENT_BYTES)) for at, n in self.held.items()]
+        used = [(at // ALIGN_BYTES, -(-(at + n) // ALIGN_BYTES)) for at, n in self.held.items()]
         return all(first + count <= start or first >= end for start, end in used)
 
     @rule(offset=consumes(blocks))
@@ -44,7 +44,7 @@ class SpaceMachine(RuleBasedStateMachine):
         ends = 0
         for offset, size in sorted(self.held.items()):
             assert offset >= ends
-            assert offset % ALIGNMENT_BYTES == 0
+            assert offset % ALIGN_BYTES == 0
             ends = offset + size
         assert ends <= self.space.size
         assert self.space.is_empty == (not self.held)

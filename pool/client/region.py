@@ -33,7 +33,7 @@ import numpy.typing as npt
 
 from pool import wire
 from pool.client.route import Frame, remember
-from pool.client.space import ALIGNMENT_BYTES, Space
+from pool.client.space import Space, align
 from pool.errors import PoolError, Unavailable, WireError
 from pool.shm.memory import available_bytes
 from pool.wire import Flag, Kind
@@ -275,7 +275,7 @@ class Regions:
         if self._tensors is None or header[3] != _PREDICT or header[6] & (_BUNDLE | _REGION):
             return frames
         sizes = [len(tensor) for tensor in tensors]
-        total = sum([-(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for size in sizes])
+        total = sum(map(align, sizes))
         id_ = header[wire.HEAD_BYTES : _ID_END]
         if total == 0 or id_ in self.live:
             return frames
@@ -298,7 +298,7 @@ class Regions:
             if size:
                 region.memory[at : at + size] = np.frombuffer(tensor, np.uint8)
             placed.append(_pack(region.token, at, size))
-            at += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            at += align(size)
         if room is not None:
             placed.append(_pack(room.region.token, room.offset, room.size))
         return placed
@@ -349,7 +349,7 @@ class Regions:
 
     def _learn(self, sent: _Sent, sizes: Sequence[int]) -> None:
         """Have the next request of this kind bring room for its answer, if that is large."""
-        total = sum([-(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for size in sizes])
+        total = sum(map(align, sizes))
         if total >= SHARE_BYTES:
             remember(self._answer_bytes, sent.kind, total)
 

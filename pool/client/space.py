@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import bisect
 
-# Of blocks: what copies are fastest at, and frameworks want. Not more: rows that follow each other, without a
-# gap, can be run on where they lie (`pool.shm.loans`).
-ALIGNMENT_BYTES = 64
+# Of blocks, and of the tensors in them: what copies are fastest at, and frameworks want. Not more: rows that
+# follow each other, without a gap, can be run on where they lie (`pool.shm.loans`).
+ALIGN_BYTES = 64
+
+
+def align(size: int) -> int:
+    """The next multiple of 64."""
+    return (size + ALIGN_BYTES - 1) & -ALIGN_BYTES
 
 
 class Space:
@@ -31,7 +36,7 @@ class Space:
     def take(self, size: int) -> int | None:
         """Where a block of so many bytes (above 0) begins, aligned; None if there is no room."""
         assert size > 0, "a block of nothing"
-        size = -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        size = align(size)
         for i, (offset, free) in enumerate(self._free):
             if free >= size:
                 if free == size:

@@ -147,12 +147,7 @@ class Regions:
         tensors: list[memoryview] = []
         loans: list[Loan] = []
         for i, reference in enumerate(references):
-            if len(reference) != wire.REFERENCE.size:
-                raise WireError(
-                    f"tensor frame {i} has {len(reference)} bytes; "
-                    f"wanted a reference of {wire.REFERENCE.size}"
-                )
-            token, offset, size = wire.REFERENCE.unpack(reference)
+            token, offset, size = _read_reference(reference, f"tensor frame {i}")
             region = self._regions.get(token)
             if region is None or region.is_room:
                 raise Unavailable(f"tensor frame {i} refers to a region that is not there: it was closed")
@@ -180,12 +175,7 @@ class Regions:
             WireError: it is not a reference.
             InvalidInput: it points outside its room.
         """
-        if len(reference) != wire.REFERENCE.size:
-            raise WireError(
-                f"the frame of the room has {len(reference)} bytes; "
-                f"wanted a reference of {wire.REFERENCE.size}"
-            )
-        token, offset, size = wire.REFERENCE.unpack(reference)
+        token, offset, size = _read_reference(reference, "the frame of the room")
         room = self._regions.get(token)
         if room is None or not room.is_room:
             return None
@@ -255,6 +245,18 @@ class Regions:
         self._loop.remove_reader(sock.fileno())
         sock.close()
         del self._regions[token]
+
+
+def _read_reference(frame: memoryview, name: str) -> tuple[bytes, int, int]:
+    """Token, offset and size.
+
+    Raises:
+        WireError: it is none.
+    """
+    if len(frame) != wire.REFERENCE.size:
+        raise WireError(f"{name} has {len(frame)} bytes; wanted a reference of {wire.REFERENCE.size}")
+    token, offset, size = wire.REFERENCE.unpack(frame)
+    return token, offset, size
 
 
 def _check_memory(fd: int, size: int, device: int, wanted: int) -> None:
